@@ -1,0 +1,54 @@
+# Everything happens in .venv, which is made on first use. `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+EXAMPLES := $(sort $(wildcard examples/*.yaml))
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs bench examples build clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing what training needs into $(VENV) ..."
+	$(PIP) torch
+	$(PIP) --editable '.[examples,report]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "Installing the development tools into $(VENV) ..."
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.run ## Train on real data with MaSS, then show the result
+	$(BIN)/lightning-sgd fit --config examples/mass.yaml --test_after_fit true
+	$(BIN)/lightning-sgd report runs/mass
+
+test: $(VENV)/.dev ## Run every test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## Check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev ## Build the documentation, strictly, into docs/_build/html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --builder html docs docs/_build/html
+
+examples: $(VENV)/.dev ## Run every example
+	$(BIN)/python examples/run_all.py
+
+bench: $(VENV)/.dev ## Time the optimizers beside their peers, one table from one run
+	$(BIN)/python benchmarks/optimizers.py
+
+build: $(VENV)/.dev ## Build sdist and wheel into dist/
+	$(BIN)/python -m build
+
+clean: ## Remove everything that can be made again
+	rm -rf $(VENV) build dist docs/_build docs/_generated *.egg-info runs lightning_logs

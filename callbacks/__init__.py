@@ -1,0 +1,1 @@
+"""Lightning callbacks, one per file; hooks only, the arithmetic is in ``functional``."""

@@ -1,0 +1,31 @@
+"""Two decades of SGD research as PyTorch Lightning optimizers, strategies and callbacks.
+
+Every public name is imported eagerly: LightningCLI finds ``MaSS`` by its bare name only when the class is
+already imported, and ``lightning_sgd.MaSS`` is the spelling that ``--print_config`` writes back.
+"""
+
+from importlib.metadata import version
+
+from lightning_sgd._validation import NoEffectWarning, OutsideIntendedUseWarning
+from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
+from lightning_sgd.functional.mass_theory import (
+    MaSSHyperParameters,
+    batch_size_regime,
+    critical_batch_sizes,
+    mass_hyperparameters,
+)
+from lightning_sgd.optimizers import MaSS
+
+__version__ = version("lightning-sgd")
+
+__all__ = [
+    "ConditionNumbers",
+    "MaSS",
+    "MaSSHyperParameters",
+    "NoEffectWarning",
+    "OutsideIntendedUseWarning",
+    "batch_size_regime",
+    "critical_batch_sizes",
+    "estimate_condition_numbers",
+    "mass_hyperparameters",
+]

@@ -1,0 +1,1 @@
+"""Robust aggregation rules and attacks, as small objects that strategies compose."""

@@ -1,0 +1,1 @@
+"""Samplers that decide which example comes next."""
