@@ -1,0 +1,168 @@
+"""The single table of methods.
+
+The console command ``lightning-sgd list``, the overview and the API reference of the documentation, and
+the tests that every method must pass are generated from :data:`CATALOGUE`. Adding a method means adding
+one record here; the tests then name every place that is still missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+Kind: TypeAlias = Literal["optimizer", "lr_scheduler", "callback", "strategy", "model", "data"]
+
+FOLDERS: Mapping[Kind, str] = MappingProxyType(
+    {
+        "optimizer": "lightning_sgd/optimizers",
+        "lr_scheduler": "lightning_sgd/lr_schedulers",
+        "callback": "callbacks",
+        "strategy": "strategies",
+        "model": "lightning_sgd/models",
+        "data": "lightning_sgd/data",
+    }
+)
+"""Where, seen from the root of the repository, the adapters of each kind live."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """Where a method was published."""
+
+    title: str
+    authors: str
+    venue: str
+    year: int
+    url: str
+
+    def __str__(self) -> str:
+        return f"{self.authors}. {self.title}. {self.venue}, {self.year}. {self.url}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plugin:
+    """One class that a user switches on in YAML.
+
+    Attributes:
+        name: Public name, ``lightning_sgd.<name>``.
+        kind: What sort of object it is; decides the folder and the conformance suite.
+        settings: Arguments with which the conformance suites build it; required ones at least.
+        metric_keys: Keys that it logs; ``*`` stands for a layer name.
+    """
+
+    name: str
+    kind: Kind
+    settings: Mapping[str, object] = field(default_factory=dict)
+    metric_keys: tuple[str, ...] = ()
+
+    @property
+    def class_path(self) -> str:
+        """The spelling that works in every LightningCLI config."""
+        return f"lightning_sgd.{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One published method and the fixed set of places that belong to it.
+
+    Attributes:
+        key: File stem shared by the functional core, the test, the example and the card.
+        title: Name of the method as the paper spells it.
+        summary: One sentence: what it does.
+        use_when: One sentence: the symptom that leads a user to it.
+        paper: The reference.
+        plugins: The classes that YAML can name, main one first.
+        helpers: Further public names, functions and result types.
+    """
+
+    key: str
+    title: str
+    summary: str
+    use_when: str
+    paper: Paper
+    plugins: tuple[Plugin, ...]
+    helpers: tuple[str, ...] = ()
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Every public name of the method."""
+        return (*(plugin.name for plugin in self.plugins), *self.helpers)
+
+    @property
+    def core(self) -> str:
+        """Module that holds the mathematics."""
+        return f"lightning_sgd.functional.{self.key}"
+
+    @property
+    def example(self) -> str:
+        """YAML that trains with the method, relative to the root of the repository."""
+        return f"examples/{self.key}.yaml"
+
+    @property
+    def card(self) -> str:
+        """Documentation of the method, relative to the root of the repository."""
+        return f"docs/methods/{self.key}.md"
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Files that test the method, relative to the root of the repository."""
+        folders = [FOLDERS[plugin.kind].removeprefix("lightning_sgd/") for plugin in self.plugins]
+        return tuple(dict.fromkeys(f"tests/{folder}/test_{self.key}.py" for folder in folders))
+
+
+CATALOGUE: tuple[Method, ...] = (
+    Method(
+        key="mass",
+        title="MaSS",
+        summary="Nesterov SGD with a compensation term that keeps it stable at SGD's step size.",
+        use_when="Nesterov momentum is unstable at the step size where plain SGD still trains.",
+        paper=Paper(
+            title="Accelerating SGD with momentum for over-parameterized learning",
+            authors="Chaoyue Liu, Mikhail Belkin",
+            venue="ICLR",
+            year=2020,
+            url="https://arxiv.org/abs/1810.13395",
+        ),
+        plugins=(Plugin(name="MaSS", kind="optimizer", settings={"lr": 0.1}),),
+        helpers=(
+            "MaSSHyperParameters",
+            "mass_hyperparameters",
+            "critical_batch_sizes",
+            "batch_size_regime",
+            "ConditionNumbers",
+            "estimate_condition_numbers",
+            "effective_batch_size",
+        ),
+    ),
+)
+
+
+def plugins(kind: Kind | None = None) -> Iterator[Plugin]:
+    """Iterate over the plug-ins of all methods, or of one kind.
+
+    Example:
+        >>> [plugin.name for plugin in plugins("optimizer")]
+        ['MaSS']
+    """
+    for method in CATALOGUE:
+        for plugin in method.plugins:
+            if kind is None or plugin.kind == kind:
+                yield plugin
+
+
+def find(name: str) -> Method | None:
+    """The method with this key, title or public name, ignoring case; ``None`` if there is none.
+
+    Example:
+        >>> find("MASS").title
+        'MaSS'
+        >>> find("mass_hyperparameters").key
+        'mass'
+    """
+    wanted = name.casefold()
+    for method in CATALOGUE:
+        if wanted in {text.casefold() for text in (method.key, method.title, *method.symbols)}:
+            return method
+    return None

@@ -1,0 +1,91 @@
+"""What every optimizer does with its tensors before the mathematics begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+Lists: TypeAlias = tuple[list[Tensor], ...]
+
+
+class TensorType(NamedTuple):
+    """What the tensors of one list have in common.
+
+    Attributes:
+        device: Where they are.
+        dtype: Type of parameters and states.
+        aligned: Whether parameter, gradient and states share their strides. Fused kernels walk through memory and
+            silently pair the wrong elements otherwise.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    aligned: bool
+
+
+def refuse_complex(params: Iterable[Tensor], name: str) -> None:
+    """Refuse parameters that the update rule is not defined for.
+
+    Args:
+        params: The parameters of a group.
+        name: Name of the optimizer, for the message.
+
+    Raises:
+        ValueError: If a parameter is complex.
+    """
+    for param in params:
+        if param.is_complex():
+            raise ValueError(
+                f"Expected `params` of {name} to be real, got {param.dtype}. "
+                "Optimize `torch.view_as_real(parameter)` instead."
+            )
+
+
+def tensors_by_type(
+    optimizer: Optimizer, group: dict[str, Any], *state_names: str
+) -> dict[TensorType, Lists]:
+    """Parameters with a gradient, their gradients and states, in lists that one kernel can take.
+
+    States that do not exist yet are made, filled with zeros.
+
+    Args:
+        optimizer: Owner of the states.
+        group: One of its parameter groups.
+        *state_names: Keys of per-parameter state tensors of the parameter's shape and dtype.
+
+    Returns:
+        For each type the lists (params, grads, states of the first name, …).
+
+    Raises:
+        ValueError: If a gradient is sparse.
+    """
+    params = [param for param in group["params"] if param.grad is not None]
+    grads = [param.grad for param in params]
+    if any(grad.is_sparse for grad in grads):
+        raise ValueError(
+            f"Expected gradients to be dense for {type(optimizer).__name__}, got a sparse one. "
+            "Use `sparse=False` in the embedding, or torch.optim.SparseAdam for it."
+        )
+    states = [optimizer.state[param] for param in params]
+    for name in state_names:
+        for param, state in zip(params, states, strict=True):
+            if name not in state:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    return _by_type((params, grads, *([state[name] for state in states] for name in state_names)))
+
+
+def _by_type(lists: Lists) -> dict[TensorType, Lists]:
+    """Split parallel lists by type; a single type, the usual case, needs no sorting tensor by tensor."""
+    params = lists[0]
+    strides = [[tensor.stride() for tensor in tensors] for tensors in lists]
+    if len({(p.device, p.dtype) for p in params}) == 1 and all(s == strides[0] for s in strides):
+        return {TensorType(params[0].device, params[0].dtype, aligned=True): lists}
+    rows: dict[TensorType, list[tuple[Tensor, ...]]] = {}
+    for row in zip(*lists, strict=True):
+        aligned = len({tensor.stride() for tensor in row}) == 1
+        rows.setdefault(TensorType(row[0].device, row[0].dtype, aligned), []).append(row)
+    return {kind: tuple(map(list, zip(*found, strict=True))) for kind, found in rows.items()}

@@ -1,0 +1,75 @@
+"""Shared set-up: one thread per process, a clean environment, and the record behind the compatibility table."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: forked ranks must not inherit busy pools
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPATIBILITY = ROOT / "docs" / "compatibility.json"
+PAIRS = pytest.StashKey[dict[str, dict[str, str]]]()
+COMPLETE = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-compatibility",
+        action="store_true",
+        help="write docs/compatibility.json from the tests that are collected",
+    )
+    parser.addoption(
+        "--write-surface",
+        action="store_true",
+        help="write tests/surface.json from the names, arguments and keys of the package",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "compatible(feature, status='works'): the test shows that a plug-in and a feature go together, "
+        "or, with status 'refused', that the combination is refused with a remedy",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Collect what the suites test before any selection by ``-k``."""
+    table: dict[str, dict[str, str]] = {}
+    for item in items:
+        mark = item.get_closest_marker("compatible")
+        if mark is not None:
+            feature, status = (*mark.args, "works")[:2]
+            table.setdefault(feature, {})[item.callspec.params["plugin"].name] = status
+    config.stash[PAIRS] = {
+        feature: dict(sorted(table[feature].items())) for feature in sorted(table)
+    }
+    config.stash[COMPLETE] = config.args == config.getini("testpaths") or config.args == ["tests"]
+    if config.getoption("--write-compatibility"):
+        COMPATIBILITY.write_text(
+            json.dumps(config.stash[PAIRS], indent=2, ensure_ascii=False) + "\n"
+        )
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment():
+    """Launchers leave MASTER_PORT and the like behind; threads and default types may be changed too."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Root of the repository."""
+    return ROOT
