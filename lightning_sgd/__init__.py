@@ -7,6 +7,9 @@ already imported, and ``lightning_sgd.MaSS`` is the spelling that ``--print_conf
 from importlib.metadata import version
 
 from lightning_sgd._validation import NoEffectWarning, OutsideIntendedUseWarning
+from lightning_sgd.data.digits import DigitsDataModule
+from lightning_sgd.data.effective_batch import effective_batch_size
+from lightning_sgd.data.resumable import ResumableDataLoader
 from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
 from lightning_sgd.functional.mass_theory import (
     MaSSHyperParameters,
@@ -14,18 +17,25 @@ from lightning_sgd.functional.mass_theory import (
     critical_batch_sizes,
     mass_hyperparameters,
 )
+from lightning_sgd.functional.partition import partition_by_label
+from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import MaSS
 
 __version__ = version("lightning-sgd")
 
 __all__ = [
     "ConditionNumbers",
+    "DigitsClassifier",
+    "DigitsDataModule",
     "MaSS",
     "MaSSHyperParameters",
     "NoEffectWarning",
     "OutsideIntendedUseWarning",
+    "ResumableDataLoader",
     "batch_size_regime",
     "critical_batch_sizes",
+    "effective_batch_size",
     "estimate_condition_numbers",
     "mass_hyperparameters",
+    "partition_by_label",
 ]

@@ -1,0 +1,5 @@
+"""LightningModules to train on, one per file."""
+
+from lightning_sgd.models.digits import DigitsClassifier
+
+__all__ = ["DigitsClassifier"]
