@@ -10,13 +10,14 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch: forked ranks must not inherit busy pools
 
+# LightningCLI calls a method that jsonargparse has deprecated.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
 import pytest
 import torch
+from support.compatibility import COMPLETE, FILE, PAIRS
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPATIBILITY = ROOT / "docs" / "compatibility.json"
-PAIRS = pytest.StashKey[dict[str, dict[str, str]]]()
-COMPLETE = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser):
@@ -54,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
     }
     config.stash[COMPLETE] = config.args == config.getini("testpaths") or config.args == ["tests"]
     if config.getoption("--write-compatibility"):
-        COMPATIBILITY.write_text(
+        (ROOT / FILE).write_text(
             json.dumps(config.stash[PAIRS], indent=2, ensure_ascii=False) + "\n"
         )
 

@@ -1,0 +1,8 @@
+"""The console command ``lightning-sgd``: LightningCLI's four commands, ``list``, ``explain`` and ``report``.
+
+Lightning's parsers are built only by the four commands that need them, so that the others answer quickly.
+"""
+
+from lightning_sgd.cli.entry import main
+
+__all__ = ["main"]
