@@ -1,0 +1,53 @@
+"""Sphinx configuration; the tables and the API reference are generated from the catalogue."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
+
+import tables  # noqa: E402  found through the line above
+
+import lightning_sgd  # noqa: E402
+
+project = "lightning-sgd"
+author = "The lightning-sgd developers"
+copyright = f"2026, {author}"  # noqa: A001  the name that Sphinx reads
+release = lightning_sgd.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "_generated", "results/*.md"]
+html_theme = "furo"
+html_title = "lightning-sgd"
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+myst_links_external_new_tab = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+add_module_names = False
+
+# Their documentation cannot be reached while this one is built.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|lightning|torchmetrics|numpy|collections|typing)(\..*)?"),
+    (
+        r"py:.*",
+        r"(Any|DataLoader|Dataset|LightningModule|Optimizer|ParamsT|T_co|Tensor|Trainer|optional)",
+    ),
+]
+
+
+tables.write(HERE / "_generated", HERE / "compatibility.json")
