@@ -1,1 +1,6 @@
 """torchmetrics ``Metric`` classes, one per file."""
+
+from lightning_sgd.metrics.rank_me import RankMe
+from lightning_sgd.metrics.weight_rank import WeightRank
+
+__all__ = ["RankMe", "WeightRank"]

@@ -1,0 +1,54 @@
+"""What the last line of a monitor says, for histories made by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_sgd.functional.rank_history import describe_falls, find_fall, mean_of_the_living
+
+
+@pytest.mark.parametrize(
+    ("values", "half_time"),
+    [
+        ([8, 8, 8, 2], 30),
+        ([8, 2, 2, 2], 10),
+        ([8, 2, 8, 2], 30),  # it rose again in between
+        ([8, 5, 5, 2], 10),  # exactly half counts
+        ([2, 4, 7, 8], 20),  # a rise, likewise
+        ([5, 5, 5, 5], 0),
+    ],
+)
+def test_half_of_a_fall(values, half_time):
+    fall = find_fall([0, 10, 20, 30], torch.tensor(values, dtype=torch.float32))
+    assert fall == (values[0], values[-1], half_time)
+
+
+def test_share_of_a_fall():
+    assert find_fall([0, 1], torch.tensor([8.0, 2.0])).share == 0.75
+    assert find_fall([0, 1], torch.tensor([0.0, 2.0])).share == 0.0
+
+
+def test_dead_layers_do_not_count_even_if_they_are_not_finite():
+    values = torch.tensor([[1.0, float("nan"), 3.0], [2.0, float("inf"), 6.0]])
+    alive = torch.tensor([True, False, True])
+    assert mean_of_the_living(values, alive).tolist() == [2.0, 4.0]
+    assert mean_of_the_living(values, torch.zeros(3, dtype=torch.bool)).isnan().all()
+
+
+def test_the_line_names_the_deepest_fall_and_the_dead():
+    values = torch.tensor([[60.0, 50.0, 9.0], [50.0, 20.0, 9.0], [48.0, 10.0, 0.0]])
+    alive = torch.tensor([True, True, False])
+    line = describe_falls("effective rank", ["a", "b", "c"], [0, 100, 200], values, alive)
+    assert line == (
+        "effective rank of 2 matrices went from 55.0 to 29.0 in 200 steps; "
+        "most in b, from 50.0 to 10.0, half of it by step 100; dead: c"
+    )
+
+
+def test_the_line_when_nothing_happened_and_when_all_are_dead():
+    values = torch.tensor([[60.0], [59.9]])
+    one = torch.tensor([True])
+    line = describe_falls("effective rank", ["a"], [0, 5], values, one)
+    assert line.endswith("in 5 steps; none fell by more than 1 %")
+    assert describe_falls("effective rank", ["a"], [0, 5], values, ~one) == "dead: a"
