@@ -25,8 +25,8 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.run ## Train on real data with MaSS, then show the result
-	$(BIN)/lightning-sgd fit --config examples/mass.yaml --test_after_fit true
+demo: $(VENV)/.run ## Train on real data with MaSS, watch the ranks, show the result
+	$(BIN)/lightning-sgd fit --config examples/mass.yaml --trainer.callbacks+=RankMonitor --test_after_fit true
 	$(BIN)/lightning-sgd report runs/mass
 
 test: $(VENV)/.dev ## Run every test
@@ -44,8 +44,10 @@ docs: $(VENV)/.dev ## Build the documentation, strictly, into docs/_build/html
 examples: $(VENV)/.dev ## Run every example
 	$(BIN)/python examples/run_all.py
 
-bench: $(VENV)/.dev ## Time the optimizers beside their peers, one table from one run
+bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run each, several minutes
 	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/rank.py
+	$(BIN)/python benchmarks/monitors.py
 
 build: $(VENV)/.dev ## Build sdist and wheel into dist/
 	$(BIN)/python -m build

@@ -40,13 +40,14 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 add_module_names = False
 
-# Their documentation cannot be reached while this one is built.
+# The documentation of others cannot be reached while this one is built; type aliases have no entry of their own.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|lightning|torchmetrics|numpy|collections|typing)(\..*)?"),
     (
         r"py:.*",
         r"(Any|DataLoader|Dataset|LightningModule|Optimizer|ParamsT|T_co|Tensor|Trainer|optional)",
     ),
+    (r"py:.*", r"(Measure|SpectralNorm|StatsMethod|_AX_TYPE|_PLOT_OUT_TYPE)"),
 ]
 
 

@@ -7,6 +7,7 @@ already imported, and ``lightning_sgd.MaSS`` is the spelling that ``--print_conf
 from importlib.metadata import version
 
 from lightning_sgd._validation import NoEffectWarning, OutsideIntendedUseWarning
+from lightning_sgd.callbacks import RankMonitor
 from lightning_sgd.data.digits import DigitsDataModule
 from lightning_sgd.data.effective_batch import effective_batch_size
 from lightning_sgd.data.resumable import ResumableDataLoader
@@ -18,6 +19,8 @@ from lightning_sgd.functional.mass_theory import (
     mass_hyperparameters,
 )
 from lightning_sgd.functional.partition import partition_by_label
+from lightning_sgd.functional.rank_collapse import spectral_stats
+from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import MaSS
 
@@ -31,11 +34,15 @@ __all__ = [
     "MaSSHyperParameters",
     "NoEffectWarning",
     "OutsideIntendedUseWarning",
+    "RankMe",
+    "RankMonitor",
     "ResumableDataLoader",
+    "WeightRank",
     "batch_size_regime",
     "critical_batch_sizes",
     "effective_batch_size",
     "estimate_condition_numbers",
     "mass_hyperparameters",
     "partition_by_label",
+    "spectral_stats",
 ]

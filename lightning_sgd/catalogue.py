@@ -136,6 +136,42 @@ CATALOGUE: tuple[Method, ...] = (
             "effective_batch_size",
         ),
     ),
+    Method(
+        key="rank_collapse",
+        title="Rank collapse",
+        summary="Watches how mini-batch noise and weight decay drive weight matrices towards low rank.",
+        use_when="You want to know which layers lose rank, die, or could be compressed, and since when.",
+        paper=Paper(
+            title="SGD and Weight Decay Secretly Minimize the Rank of Your Neural Network",
+            authors="Tomer Galanti, Zachary S. Siegel, Aparna Gupte, Tomaso Poggio",
+            venue="CPAL",
+            year=2025,
+            url="https://arxiv.org/abs/2206.05794",
+        ),
+        plugins=(
+            Plugin(
+                name="RankMonitor",
+                kind="callback",
+                settings={
+                    "min_side": 4,
+                    "every_n_steps": 1,
+                    "max_overhead": 1.0,
+                    "log_layers": True,
+                    "log_bound": True,
+                },
+                metric_keys=(
+                    "rank/rank_*",
+                    "rank/stable_rank",
+                    "rank/effective_rank",
+                    "rank/frobenius_norm",
+                    "rank/num_dead",
+                    "rank/bound_*",
+                    "rank/*/*",
+                ),
+            ),
+        ),
+        helpers=("WeightRank", "RankMe", "spectral_stats"),
+    ),
 )
 
 

@@ -63,7 +63,7 @@ def spectral_stats(
         tol: Thresholds of ``rank`` [τ].
         tol_norm: Norm that the thresholds refer to: ``"fro"`` as in the paper, or ``"spectral"``.
         eta: Shares of ``energy_rank`` [η].
-        method: How to get the singular values, see :func:`~lightning_sgd.functional.spectra.singular_values`. By
+        method: How to get the singular values, see ``lightning_sgd.functional.spectra.singular_values``. By
             default the cheapest way that is accurate enough for the measures. ``"cheap"`` takes no decomposition, for
             the stable rank, the participation ratio and the norms; the spectral norm is then a lower bound.
         power: Exponent of ``effective_rank``.

@@ -25,7 +25,7 @@ class WeightRank(Metric):
     that has died says nothing about the rank of the others. They still have their own entries, 0 and NaN.
 
     Args:
-        measures: Which measures to take, see :func:`~lightning_sgd.functional.rank_collapse.spectral_stats`.
+        measures: Which measures to take, see :func:`~lightning_sgd.spectral_stats`.
         tol: Thresholds of ``rank`` [τ].
         tol_norm: Norm that the thresholds refer to, ``"fro"`` or ``"spectral"``.
         eta: Shares of ``energy_rank`` [η].

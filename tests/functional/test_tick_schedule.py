@@ -16,7 +16,9 @@ from lightning_sgd.functional.tick_schedule import TickSchedule
     pace=st.floats(1e-4, 10.0),
     now=st.integers(0, 10**6),
 )
-def test_looking_stays_below_its_share_and_no_more_is_lost_than_needed(every, share, cost, pace, now):
+def test_looking_stays_below_its_share_and_no_more_is_lost_than_needed(
+    every, share, cost, pace, now
+):
     schedule = TickSchedule(every, share)
     schedule.record(now, cost, pace)
     interval = schedule.next_tick - now

@@ -1,0 +1,295 @@
+"""Watches the rank of weight matrices while they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sgd.callbacks._monitor import Monitor
+from lightning_sgd.callbacks._rank_bound import BoundTracker
+from lightning_sgd.callbacks._rank_figure import draw_heat_map, publish
+from lightning_sgd.functional.rank_history import describe_falls, mean_of_the_living
+from lightning_sgd.functional.rank_measures import SpectralNorm
+from lightning_sgd.functional.spectral_measures import Measure, SpectralMeasures, StatsMethod
+from lightning_sgd.functional.weight_matrices import WeightMatrix, find_weight_matrices
+
+NORM: Literal["frobenius_norm"] = "frobenius_norm"
+DEAD = 1e-6
+
+
+class RankMonitor(Monitor):
+    r"""Logs how the rank of weight matrices falls during training.
+
+    Mini-batch SGD with weight decay moves weight matrices towards low rank, the more so the smaller the batch and the
+    larger step size and decay. For each weight matrix, its singular values :math:`\sigma_1 \ge \sigma_2 \ge \dots`
+    give
+
+    .. math::
+        \mathrm{rank}_\tau = \#\{i : \sigma_i / \|W\|_F > \tau\}, \quad
+        \text{stable rank} = \frac{\sum\sigma^2}{\sigma_1^2}, \quad
+        \text{effective rank} = e^{-\sum p \log p},\ p = \frac{\sigma}{\sum\sigma},
+
+    and more, see ``measures``. Low rank is no sign of quality: the authors find a marginal effect on test performance.
+
+    Logs ``rank/<measure>``, the mean over the matrices that are alive, and ``rank/num_dead``, the number of those that
+    are not finite or have shrunk to a millionth of their first norm; with ``log_layers`` also
+    ``rank/<measure>/<matrix>``. ``rank/frobenius_norm``, the scale that the others ignore, is always among them. The
+    values are in ``trainer.callback_metrics`` too. At the end it says which matrices
+    fell, and saves a heat map.
+
+    Cost: about m²n + 4/3·m³ operations per m × n matrix with m ≤ n and look, shared out over the ranks; one small
+    all-reduce. Training is not changed, to the last bit.
+
+    Args:
+        measures: Which measures to take: ``rank``, ``hard_rank``, ``energy_rank``, ``stable_rank``,
+            ``effective_rank``, ``participation_ratio``, ``nuclear_ratio``, ``intrinsic_dimension``, ``spectral_norm``.
+        tol: Thresholds of ``rank`` [τ]; the number means nothing without its threshold.
+        tol_norm: Norm that the thresholds refer to: ``fro`` as in the paper, or ``spectral``.
+        include: Patterns such as ``encoder.*``; only matrices whose name matches one are watched. By default all.
+        exclude: Patterns of names to leave out.
+        min_side: Smallest number of rows and of columns of a matrix.
+        every_n_steps: Look after so many optimizer steps; instead of ``every_n_epochs``.
+        every_n_epochs: Look after so many epochs; by default after every epoch.
+        method: How to get the singular values: ``auto`` for the cheapest way that is accurate enough, ``gram``,
+            ``svd``, ``sketch`` for lower bounds, or ``cheap`` for stable rank and participation ratio without any.
+        log_layers: Log every matrix, not only the mean.
+        log_bound: Also log what batch size, step size and decay imply for the rank: ``rank/bound_<eps>``, the bound on
+            ``rank`` relative to the short side, mean over matrices for which it is below one, and
+            ``rank/bound_vacuous_<eps>``, the share of matrices for which it says nothing. For SGD and MaSS
+            without a GradScaler.
+        bound_eps: Thresholds of the bound [ε].
+        max_overhead: Largest share of the training time for looking, which the interval is stretched to keep; null
+            never stretches it.
+        save_figure: Save a heat map, matrices by time, in the log folder at the end, and hand it to loggers that take
+            figures; needs the extra ``report``.
+
+    Raises:
+        ValueError: If an argument is out of range, or there is no matrix to watch.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[RankMonitor(every_n_steps=100)], logger=False)
+
+    Reference:
+        Tomer Galanti, Zachary S. Siegel, Aparna Gupte, Tomaso Poggio. SGD and Weight Decay Secretly Minimize the Rank
+        of Your Neural Network. CPAL 2025.
+    """
+
+    def __init__(
+        self,
+        measures: Sequence[Measure] = ("rank", "stable_rank", "effective_rank"),
+        tol: Sequence[float] = (1e-3, 1e-2, 5e-2),
+        tol_norm: SpectralNorm = "fro",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        min_side: int = 8,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        method: StatsMethod = "auto",
+        log_layers: bool = False,
+        log_bound: bool = False,
+        bound_eps: Sequence[float] = (0.1, 0.01),
+        max_overhead: float | None = 0.01,
+        save_figure: bool = True,
+    ) -> None:
+        super().__init__(every_n_steps, every_n_epochs, max_overhead)
+        wanted: tuple[Measure, ...] = tuple(dict.fromkeys((*measures, NORM)))
+        self.spectra = SpectralMeasures(measures=wanted, tol=tol, tol_norm=tol_norm, method=method)
+        self.include, self.exclude, self.min_side = include, exclude, min_side
+        self.log_layers = log_layers
+        self.log_bound = log_bound
+        self.bound_eps = bound_eps
+        self.save_figure = save_figure
+        self.matrices: list[WeightMatrix] = []
+        self.times: list[int] = []
+        self.history: list[Tensor] = []
+        self.bound: BoundTracker | None = None
+        self._bound_state: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances with different settings apart in a checkpoint."""
+        return self._generate_state_key(
+            keys=list(self.spectra.keys),
+            include=self.include,
+            exclude=self.exclude,
+            min_side=self.min_side,
+            every=self.schedule.every,
+            unit=self.unit,
+        )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the matrices."""
+        restored = self._restored
+        super().on_fit_start(trainer, pl_module)
+        self.matrices = find_weight_matrices(
+            pl_module, include=self.include, exclude=self.exclude, min_side=self.min_side
+        )
+        if not self.matrices:
+            raise ValueError(
+                f"Expected `min_side`, `include` and `exclude` to leave RankMonitor at least one matrix, got "
+                f"{self.min_side}, {self.include} and {self.exclude} for {type(pl_module).__name__}. "
+                "Lower `min_side` or widen the patterns."
+            )
+        if not restored:
+            self.times, self.history, self._bound_state = [], [], None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepare the bound; then look for the first time."""
+        self.bound = BoundTracker(self.matrices, trainer) if self.log_bound else None
+        if self.bound is not None and self._bound_state is not None:
+            self.bound.load_state_dict(self._bound_state)
+        super().on_train_start(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Follow step size and decay."""
+        if self.bound is not None:
+            self.bound.before_step(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Look, if it is time to."""
+        if self.bound is not None:
+            self.bound.after_batch()
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no hook behind."""
+        if self.bound is not None:
+            self.bound.remove_hooks()
+
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
+        """Take the measures; each rank those of its share of the matrices."""
+        table = self._measure(trainer, pl_module)
+        self.times.append(trainer.global_step)
+        self.history.append(table)
+        alive = self._alive(table)
+        means = mean_of_the_living(table, alive).tolist()
+        values = {"rank/num_dead": float((~alive).sum())}
+        for key, mean, row in zip(self.spectra.keys, means, table.tolist(), strict=True):
+            name = metric_key(key)
+            values[name] = mean
+            if self.log_layers:
+                layers = zip(self.matrices, row, strict=True)
+                values |= {f"{name}/{matrix.name}": value for matrix, value in layers}
+        return values | self._bounds(table)
+
+    def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """How many matrices, and which measures."""
+        names = ", ".join(key for key in self.spectra.keys if key != NORM)
+        parts = [f"{names} of {len(self.matrices)} weight matrices"]
+        if self.bound is not None:
+            applies = sum(owner is not None for owner in self.bound.owners)
+            parts.append(
+                f"with a bound for {applies} of them"
+                if applies
+                else "the bound is not applicable to this optimizer or precision"
+            )
+        return ", ".join(parts)
+
+    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """What fell, how far and since when; saves the heat map."""
+        row = self._headline
+        found = describe_falls(
+            self.spectra.keys[row].replace("_", " "),
+            [matrix.name for matrix in self.matrices],
+            self.times,
+            torch.stack(self.history)[:, row],
+            self._alive(self.history[-1]),
+        )
+        return f"{found}.{self._save_figure(trainer)}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, and when to look next."""
+        return {
+            **super().state_dict(),
+            "names": [matrix.name for matrix in self.matrices],
+            "times": list(self.times),
+            "history": list(self.history),
+            "bound": None if self.bound is None else self.bound.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history."""
+        super().load_state_dict(state_dict)
+        self.times, self.history = list(state_dict["times"]), list(state_dict["history"])
+        self._bound_state = state_dict["bound"]
+
+    @property
+    def _headline(self) -> int:
+        """Which measure stands for all in the last line and in the heat map."""
+        keys = self.spectra.keys
+        return keys.index("effective_rank") if "effective_rank" in keys else 0
+
+    def _bounds(self, table: Tensor) -> dict[str, float]:
+        if self.bound is None:
+            return {}
+        self.bound.look(table[self.spectra.keys.index(NORM)].tolist())
+        values = {}
+        for eps in self.bound_eps:
+            relative = self.bound.bounds(eps)
+            values[f"rank/bound_vacuous_{eps:g}"] = 1 - len(relative) / len(self.matrices)
+            if relative:
+                values[f"rank/bound_{eps:g}"] = sum(relative) / len(relative)
+        return values
+
+    def _save_figure(self, trainer: Trainer) -> str:
+        """Draw and publish the heat map; what to say about it."""
+        if not self.save_figure or getattr(trainer, "fast_dev_run", False):
+            return ""
+        # On all ranks, because a logger may ask the first one for its folder.
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if not trainer.is_global_zero:
+            return ""
+        if find_spec("matplotlib") is None:
+            return " No heat map: pip install 'lightning-sgd[report]'."
+        short = torch.tensor([min(matrix.shape) for matrix in self.matrices])
+        figure = draw_heat_map(
+            f"{self.spectra.keys[self._headline].replace('_', ' ')} over short side",
+            [matrix.name for matrix in self.matrices],
+            self.times,
+            torch.stack(self.history)[:, self._headline] / short,
+        )
+        return f" Heat map: {publish(figure, folder, trainer)}"
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        """Table of shape (measures, matrices), the same on all ranks, on the CPU."""
+        rank, world_size = trainer.global_rank, trainer.world_size
+        stats = self.spectra.of(matrix.read() for matrix in self.matrices[rank::world_size])
+        table = torch.zeros(len(stats), len(self.matrices), device=pl_module.device)
+        table[:, rank::world_size] = torch.stack(list(stats.values())).to(table)
+        if world_size > 1:
+            dist.all_reduce(table)
+        return table.cpu()
+
+    def _alive(self, table: Tensor) -> Tensor:
+        """Which matrices are finite and have not shrunk to nothing; what shrinks keeps its shape, hence its rank."""
+        row = self.spectra.keys.index(NORM)
+        norm, first = table[row], self.history[0][row]
+        return table.isfinite().all(dim=0) & (norm > DEAD * first)
+
+
+def metric_key(key: str) -> str:
+    """The name under which a measure is logged; TensorBoard takes no ``@``.
+
+    Args:
+        key: Key of :func:`~lightning_sgd.spectral_stats`.
+
+    Example:
+        >>> metric_key("rank@0.001")
+        'rank/rank_0.001'
+    """
+    return f"rank/{key.replace('@', '_')}"

@@ -1,0 +1,44 @@
+"""The callbacks of the catalogue, each as the subject of the suite."""
+
+from __future__ import annotations
+
+import pytest
+from support.callback_checks import Subject
+
+import lightning_sgd
+from lightning_sgd.catalogue import plugins
+
+OTHER_SETTINGS: dict[str, dict[str, object]] = {}
+"""By name, what distinguishes two instances in one Trainer, where a longer interval does not."""
+
+
+def is_observer(plugin):
+    """Whether it promises to leave training as it is."""
+    return plugin.name.endswith("Monitor")
+
+
+def pytest_generate_tests(metafunc):
+    if "plugin" in metafunc.fixturenames:
+        callbacks = list(plugins("callback"))
+        if "observer" in metafunc.fixturenames:
+            callbacks = [plugin for plugin in callbacks if is_observer(plugin)]
+        metafunc.parametrize("plugin", callbacks, ids=[plugin.name for plugin in callbacks])
+
+
+@pytest.fixture
+def subject(plugin):
+    """The callback with its conformance settings."""
+
+    def make(**settings):
+        return getattr(lightning_sgd, plugin.name)(**{**plugin.settings, **settings})
+
+    interval = "every_n_epochs" if "every_n_epochs" in plugin.settings else "every_n_steps"
+    longer = {interval: plugin.settings.get(interval, 1) + 1}
+    other_settings = OTHER_SETTINGS.get(plugin.name, longer)
+    return Subject(make, plugin.metric_keys, is_observer(plugin), other_settings)
+
+
+@pytest.fixture
+def observer(subject):
+    """The callback, where only those that leave training as it is are meant."""
+    return subject

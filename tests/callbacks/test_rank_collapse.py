@@ -1,0 +1,309 @@
+"""RankMonitor against NumPy's singular values of the same weights."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from support.training import Regression, batches, trainer
+
+from lightning_sgd import MaSS, RankMonitor
+from lightning_sgd.callbacks._monitor import Monitor
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5, weight_decay=0.05)
+
+
+class Wide(Regression):
+    """Has three weight matrices that are worth watching."""
+
+    def __init__(self, make=SGD):
+        super().__init__(make)
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(4, 12), torch.nn.Tanh(), torch.nn.Linear(12, 10)]
+        self.net = torch.nn.Sequential(*layers, torch.nn.Tanh(), torch.nn.Linear(10, 1))
+
+
+def watch(**settings):
+    return RankMonitor(**{"min_side": 4, "save_figure": False, "max_overhead": None, **settings})
+
+
+def by_numpy(weight, tol=0.01):
+    sigma = np.linalg.svd(weight.detach().double().numpy(), compute_uv=False)
+    shares = sigma / sigma.sum()
+    return {
+        f"rank/rank_{tol}": float((sigma / np.linalg.norm(sigma) > tol).sum()),
+        "rank/stable_rank": (sigma**2).sum() / sigma[0] ** 2,
+        "rank/effective_rank": np.exp(-(shares * np.log(shares)).sum()),
+    }
+
+
+class Weights(Callback):
+    """Copies of the two watched weights after every step."""
+
+    def __init__(self):
+        self.copies = {}
+
+    def on_train_start(self, trainer, pl_module):
+        self.on_train_batch_end(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        net = pl_module.net
+        self.copies[trainer.global_step] = [net[i].weight.detach().clone() for i in (0, 2)]
+
+
+def test_values_are_those_of_the_weights_at_that_step(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    weights = Weights()
+    monitor = watch(every_n_steps=3, tol=[0.01], log_layers=True)
+    module = Wide()
+    trainer(tmp_path, logger=logger, callbacks=[monitor, weights], log_every_n_steps=1).fit(
+        module, batches()
+    )
+    assert monitor.times == [0, 3, 6, 9, 12, 14]
+    rows = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, deletechars="")
+    assert [matrix.name for matrix in monitor.matrices] == ["net.0.weight", "net.2.weight"]
+    for index, time in enumerate(monitor.times):
+        expected = [by_numpy(weight) for weight in weights.copies[time]]
+        for key in expected[0]:
+            values = [values[key] for values in expected]
+            mean = rows[key][~np.isnan(rows[key])][index]
+            assert mean == pytest.approx(np.mean(values), rel=1e-5)
+            for matrix, value in zip(monitor.matrices, values, strict=True):
+                column = rows[f"{key}/{matrix.name}"]
+                assert column[~np.isnan(column)][index] == pytest.approx(value, rel=1e-5)
+
+
+def test_by_default_it_looks_at_the_start_and_after_every_epoch(tmp_path):
+    monitor = watch()
+    run = trainer(tmp_path, callbacks=[monitor], max_epochs=3)
+    run.fit(Wide(), batches())
+    assert monitor.times == [0, 7, 14, 21]
+    expected = by_numpy(run.lightning_module.net[0].weight)["rank/effective_rank"]
+    assert monitor.history[-1][monitor.spectra.keys.index("effective_rank"), 0] == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_values_can_be_monitored_by_other_callbacks(tmp_path):
+    run = trainer(tmp_path, callbacks=[watch(every_n_steps=1)])
+    run.fit(Wide(), batches())
+    assert {"rank/stable_rank", "rank/effective_rank", "rank/num_dead"} <= set(run.callback_metrics)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1, 0.01])
+def test_the_interval_is_stretched_to_keep_the_share_of_time(tmp_path, monkeypatch, share):
+    # A clock on which a batch takes one second and a look takes half a second.
+    now = [0.0]
+    monkeypatch.setattr("lightning_sgd.callbacks._monitor.time.perf_counter", lambda: now[0])
+
+    class Clock(Callback):
+        def on_train_batch_start(self, *args):
+            now[0] += 1.0
+
+    look = RankMonitor.look
+
+    def slow_look(self, *args):
+        now[0] += 0.5
+        return look(self, *args)
+
+    monkeypatch.setattr(RankMonitor, "look", slow_look)
+    monitor = watch(every_n_steps=1, max_overhead=share)
+    trainer(tmp_path, callbacks=[Clock(), monitor], max_epochs=20).fit(Wide(), batches())
+    intervals = np.diff(monitor.times)[:-1]
+    assert set(intervals) <= {{1.0: 1, 0.1: 5, 0.01: 50}[share]}
+    assert len(intervals) > 0
+
+
+def test_a_matrix_that_shrinks_to_nothing_is_named_dead_and_left_out(tmp_path, caplog):
+    class Kill(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 5:
+                pl_module.net[0].weight.data.mul_(1e-12)
+                pl_module.net[0].weight.requires_grad_(False)
+
+    monitor = watch(every_n_steps=1, tol=[0.01])
+    run = trainer(tmp_path, callbacks=[Kill(), monitor])
+    with caplog.at_level(logging.INFO):
+        run.fit(Wide(), batches())
+    assert run.callback_metrics["rank/num_dead"] == 1
+    alone = by_numpy(run.lightning_module.net[2].weight)["rank/effective_rank"]
+    assert run.callback_metrics["rank/effective_rank"].item() == pytest.approx(alone, rel=1e-5)
+    assert "dead: net.0.weight" in caplog.text
+
+
+def test_two_ranks_share_the_work_and_agree(tmp_path):
+    class Save(Callback):
+        def on_train_end(self, trainer, pl_module):
+            table = trainer.callbacks[0].history[-1]
+            torch.save(table, tmp_path / f"{trainer.world_size}-{trainer.global_rank}.pt")
+
+    for devices in (1, 2):
+        ddp = DDPStrategy(start_method="fork", timeout=timedelta(seconds=30))
+        trainer(
+            tmp_path,
+            devices=devices,
+            strategy=ddp if devices == 2 else "auto",
+            callbacks=[watch(include=["net.*"]), Save()],
+            max_epochs=1,
+            limit_train_batches=0 if devices == 0 else 1,
+        ).fit(Wide(partial(torch.optim.SGD, lr=0.0)), batches())
+    alone, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, alone)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, lr=0.1, weight_decay=3.0),
+        partial(MaSS, lr=0.02, weight_decay=10.0, decoupled_weight_decay=True, alpha=0.5),
+    ],
+    ids=["SGD", "MaSS"],
+)
+def test_the_bound_holds_for_the_real_schedule(tmp_path, make):
+    class Loud(Wide):
+        def training_step(self, batch, batch_idx):
+            return 30 * super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            optimizer = make(self.parameters())
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    class Compare(Callback):
+        def __init__(self):
+            self.bounds = []
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            monitor = trainer.callbacks[0]
+            norms = monitor.history[-1][monitor.spectra.keys.index("frobenius_norm")].tolist()
+            for index, weight in enumerate((pl_module.net[0].weight, pl_module.net[2].weight)):
+                pairs = monitor.bound.tails[index]
+                sigma = np.linalg.svd(weight.detach().numpy(), compute_uv=False)
+                relative = np.append(sigma / norms[index], 0.0)
+                for k, tail in pairs:
+                    assert relative[min(k, len(sigma))] <= tail + 1e-6
+                    self.bounds.append(k)
+
+    one_by_one = torch.utils.data.DataLoader(batches().dataset, batch_size=1)
+    compare = Compare()
+    monitor = watch(every_n_steps=1, log_bound=True, bound_eps=[0.6])
+    run = trainer(tmp_path, callbacks=[monitor, compare], limit_train_batches=12, max_epochs=1)
+    run.fit(Loud(), one_by_one)
+    assert set(compare.bounds) == set(range(1, 13))
+    assert run.callback_metrics["rank/bound_vacuous_0.6"] <= 1
+
+
+def test_the_bound_is_logged_relative_to_the_short_side(tmp_path):
+    # With lr·decay = 1 a single step forgets everything: the weights are one outer product.
+    make = partial(torch.optim.SGD, lr=0.5, weight_decay=2.0)
+    one_by_one = torch.utils.data.DataLoader(batches().dataset, batch_size=1)
+    monitor = watch(every_n_steps=1, log_bound=True, bound_eps=[0.1], min_side=10)
+    run = trainer(tmp_path, callbacks=[monitor], limit_train_batches=3, max_epochs=1)
+    run.fit(Wide(make), one_by_one)
+    assert run.callback_metrics["rank/bound_vacuous_0.1"] == 0
+    assert run.callback_metrics["rank/bound_0.1"] == pytest.approx(1 / 10)
+    assert np.linalg.matrix_rank(run.lightning_module.net[2].weight.detach().numpy()) == 1
+
+
+@pytest.mark.parametrize("reason", ["Adam", "GradScaler"])
+def test_the_bound_is_not_claimed_where_it_does_not_hold(tmp_path, caplog, reason):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if reason == "GradScaler" else None
+    make = partial(torch.optim.Adam, lr=1e-3) if reason == "Adam" else SGD
+    run = trainer(tmp_path, callbacks=[watch(log_bound=True)], plugins=plugins)
+    with caplog.at_level(logging.INFO):
+        run.fit(Wide(make), batches())
+    assert "the bound is not applicable to this optimizer" in caplog.text
+    assert run.callback_metrics["rank/bound_vacuous_0.1"] == 1
+    assert "rank/bound_0.1" not in run.callback_metrics
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_hook_is_left_behind(tmp_path, fails):
+    class Fail(Callback):
+        def on_train_batch_start(self, *args):
+            raise RuntimeError("somebody else's fault")
+
+    module = Wide()
+    callbacks = [watch(log_bound=True), *([Fail()] if fails else [])]
+    run = trainer(tmp_path, callbacks=callbacks)
+    if fails:
+        with pytest.raises(RuntimeError, match="somebody else's fault"):
+            run.fit(module, batches())
+    else:
+        run.fit(module, batches())
+    assert not any(child._forward_hooks for child in module.modules())
+
+
+def test_the_heat_map_goes_to_the_folder_and_to_tensorboard(tmp_path, caplog):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    monitor = watch(save_figure=True)
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, logger=logger, callbacks=[monitor], log_every_n_steps=1).fit(
+            Wide(), batches()
+        )
+    png = (tmp_path / "rank_heat_map.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "rank_heat_map.svg").read_text()
+    assert f"Heat map: {tmp_path / 'rank_heat_map.png'}" in caplog.text
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["images"] == ["rank/heat_map"]
+    assert {"rank/rank_0.001", "rank/stable_rank"} <= set(events.Tags()["scalars"])
+
+
+def test_a_module_without_matrices_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="leave RankMonitor at least one matrix, got 64"):
+        trainer(tmp_path, callbacks=[watch(min_side=64)]).fit(Wide(), batches())
+
+
+def test_two_intervals_are_refused():
+    with pytest.raises(ValueError, match="Expected `every_n_epochs` to be left out beside"):
+        RankMonitor(every_n_steps=1, every_n_epochs=1)
+
+
+def test_every_monitor_is_a_monitor():
+    assert issubclass(RankMonitor, Monitor)
+
+
+def test_windows_hold_the_steps_and_norms_between_looks(tmp_path):
+    # Three steps per window, momentum 0.5, decay 0.05, a learning rate that changes at every step.
+    class Scheduled(Wide):
+        def configure_optimizers(self):
+            optimizer = SGD(self.parameters())
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    class Buffers(Callback):
+        norms = {}  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            state = trainer.optimizers[0].state[pl_module.net[0].weight]
+            self.norms[trainer.global_step] = state["momentum_buffer"].norm().item()
+
+    monitor, buffers = watch(every_n_steps=3, log_bound=True), Buffers()
+    run = trainer(tmp_path, callbacks=[buffers, monitor], max_epochs=1, limit_train_batches=6)
+    run.fit(Scheduled(), batches())
+    windows = monitor.bound.windows[0]
+    assert monitor.times == [0, 3, 6]
+    assert [window.num_samples for window in windows] == [24, 24]
+    assert windows[0].buffer_norm == 0.0
+    assert windows[1].buffer_norm == pytest.approx(buffers.norms[3], rel=1e-5)
+    for first, window in zip((0, 3), windows, strict=True):
+        product = np.eye(2)
+        for t in range(first, first + 3):
+            lr = 0.1 * 0.9**t
+            # V ← ½V + 0.05W, then W ← W − lr·V.
+            step = np.array([[1 - lr * 0.05, -lr * 0.5], [0.05, 0.5]])
+            product = step @ product
+        np.testing.assert_allclose(np.array(window.transfer).reshape(2, 2), product, rtol=1e-12)
