@@ -27,6 +27,25 @@ def gram_singular_values(grams: Tensor) -> Tensor:
     return where_finite(eigenvalues, grams).clamp_min(0.0).sqrt().flip(-1)
 
 
+def gram_matrix(rows: Tensor) -> Tensor:
+    r""":math:`WW^\top`, of which only one half is computed where that pays.
+
+    Args:
+        rows: Matrices W of shape (…, m, n).
+
+    Example:
+        >>> gram_matrix(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        tensor([[ 9.,  0.],
+                [ 0., 16.]])
+    """
+    if rows.shape[-2] < 256:
+        return rows @ rows.mT
+    above, below = rows.tensor_split(2, dim=-2)
+    corner = below @ above.mT
+    upper = torch.cat([gram_matrix(above), corner.mT], dim=-1)
+    return torch.cat([upper, torch.cat([corner, gram_matrix(below)], dim=-1)], dim=-2)
+
+
 def eigenvalues(matrices: Tensor) -> Tensor:
     """Eigenvalues of symmetric matrices, ascending."""
     values: Tensor = torch.linalg.eigvalsh(matrices)
@@ -80,7 +99,7 @@ class GramQueue:
     def put(self, index: int, matrix: Tensor) -> None:
         """Add the Gram matrix of the matrix number ``index`` on its short side."""
         short = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
-        gram = short @ short.mT
+        gram = gram_matrix(short)
         key = gram.device, gram.dtype, gram.shape[-1]
         self.waiting[key][index] = gram
         if sum(other.numel() for other in self.waiting[key].values()) >= self.max_elements:

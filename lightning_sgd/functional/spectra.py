@@ -29,8 +29,17 @@ import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.functional.gram import GramQueue, gram_singular_values, normalize, where_finite
+from lightning_sgd.functional.gram import (
+    GramQueue,
+    gram_matrix,
+    gram_singular_values,
+    normalize,
+    where_finite,
+)
 from lightning_sgd.functional.precision import full_precision
+
+SINGLE_PRECISION_LIMIT = 0.05
+"""Above this σ/σ₁ a float32 Gram matrix is accurate to about 1e-5."""
 
 SpectrumMethod: TypeAlias = Literal["auto", "gram", "svd", "sketch"]
 
@@ -59,7 +68,7 @@ def singular_values(
         method: ``"gram"``, ``"svd"``, ``"sketch"``, or ``"auto"`` for the cheaper of the first two that is accurate
             enough.
         dtype: Type to compute in, or the matrix' own where that is wider; by default float32 where it is accurate
-            enough and else float64.
+            enough and else float64. Oblong matrices are tried in float32 first.
         resolution: Smallest σ/σ₁ that must come out right.
         max_batch_elements: Decompose whenever so many elements of equally sized Gram matrices have been collected.
         sketch_size: Number of singular values of a sketch.
@@ -81,16 +90,36 @@ def singular_values(
     with full_precision():
         for index, matrix in enumerate(matrices):
             route = choose_route(method, dtype, resolution, matrix.dtype)
-            scaled, scale = normalize(matrix, route.dtype)
+            single = None
+            if method == "auto" and dtype is None and route == Route("gram", torch.float64):
+                single = _in_single_precision(matrix)
+            values, scale = normalize(matrix, route.dtype) if single is None else single
             scales.append(scale)
-            if route.method == "gram":
-                queue.put(index, scaled)
-            elif route.method == "sketch" and sketch_size < min(scaled.shape[-2:]):
-                queue.results[index] = _sketch(scaled, sketch_size, generator)
+            if single is not None:
+                queue.results[index] = values
+            elif route.method == "gram":
+                queue.put(index, values)
+            elif route.method == "sketch" and sketch_size < min(values.shape[-2:]):
+                queue.results[index] = _sketch(values, sketch_size, generator)
             else:
-                queue.results[index] = where_finite(_svdvals, scaled)
+                queue.results[index] = where_finite(_svdvals, values)
         spectra = queue.finish()
     return [sigma * scale for sigma, scale in zip(spectra, scales, strict=True)]
+
+
+def _in_single_precision(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Scaled singular values by a float32 Gram matrix, and the scale, if none is so small that it would need float64.
+
+    An oblong matrix has no small ones unless its rank has collapsed, and float32 takes half the time.
+    """
+    short, long = sorted(matrix.shape[-2:])
+    if matrix.dtype == torch.float64 or short < 64 or long < 2 * short:
+        return None
+    scaled, scale = normalize(matrix, torch.float32)
+    rows = scaled if scaled.shape[-2] == short else scaled.mT
+    sigma = gram_singular_values(gram_matrix(rows))
+    enough = sigma[..., -1] > SINGLE_PRECISION_LIMIT * sigma[..., 0]
+    return (sigma, scale) if bool(enough.all()) else None
 
 
 class Route(NamedTuple):

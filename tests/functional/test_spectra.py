@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_sgd.functional import spectra
+from lightning_sgd.functional.gram import gram_matrix
 from lightning_sgd.functional.precision import full_precision
 from lightning_sgd.functional.schatten import schatten_norms
 from lightning_sgd.functional.spectra import choose_route, singular_values, smallest_resolved
@@ -267,3 +269,48 @@ def test_refuses_what_has_no_singular_values(matrices, arguments, message):
 def test_refuses_lanczos_without_a_step():
     with pytest.raises(ValueError, match="Expected `num_steps` to be at least 1"):
         schatten_norms([], num_steps=0)
+
+
+@pytest.fixture
+def decomposed(monkeypatch):
+    """The types of the Gram matrices that are decomposed."""
+    dtypes, original = [], spectra.gram_singular_values
+    monkeypatch.setattr(
+        spectra, "gram_singular_values", lambda g: (dtypes.append(g.dtype), original(g))[1]
+    )
+    return dtypes
+
+
+@pytest.mark.parametrize("shape", [(96, 200), (200, 96), (2, 96, 200)])
+def test_a_well_conditioned_oblong_matrix_is_done_in_single_precision(shape, decomposed):
+    # Half the time of float64, for spectra that do not need it.
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    (sigma,) = singular_values([matrix], resolution=1e-6)
+    assert decomposed == [torch.float32]
+    expected = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(sigma.numpy(), expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 95])
+def test_a_collapsed_oblong_matrix_is_done_in_double_precision(rank, decomposed):
+    # Rounding in float32 would look like many small singular values.
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(96, rank, generator=generator, dtype=torch.float64)
+    matrix = (matrix @ torch.randn(rank, 200, generator=generator, dtype=torch.float64)).float()
+    (sigma,) = singular_values([matrix], resolution=1e-6)
+    assert decomposed == [torch.float32, torch.float64]
+    expected = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(sigma[:rank].numpy(), expected[:rank], rtol=1e-6)
+    assert (sigma[rank:] < 1e-6 * sigma[0]).all()
+
+
+def test_an_oblong_matrix_that_is_not_finite_has_no_singular_values():
+    matrix = torch.randn(96, 200)
+    matrix[3, 4] = float("inf")
+    assert singular_values([matrix], resolution=1e-6)[0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(255, 300), (256, 300), (513, 600), (2, 300, 400)])
+def test_gram_matrices_are_put_together_from_blocks(shape):
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(gram_matrix(rows), rows @ rows.mT, rtol=1e-12, atol=1e-12)
