@@ -238,13 +238,8 @@ def name_line(axes: Axes, x: float, y: float, text: str, color: str, points: int
     )
 
 
-def draw(path: Path, runs: Sequence[Run], initial: float) -> None:
-    """Four panels in one file: batch size twice, step size, decay."""
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "svg.hashsalt": "rank_collapse"})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 4, figsize=(11, 3.3), layout="constrained", sharey=True)
+def draw_panels(panels: Sequence[Axes], runs: Sequence[Run]) -> None:
+    """Effective rank over batch size, twice, over step size and over decay."""
     epochs, same, middle, right = panels
     draw_lines(epochs, runs, SAME_EPOCHS, over="batch_size")
     draw_lines(same, runs, SAME_STEPS, over="batch_size")
@@ -255,15 +250,30 @@ def draw(path: Path, runs: Sequence[Run], initial: float) -> None:
     same.set(title="2025 steps, μ = 0.2", xlabel="batch size B")
     middle.set(title="2025 steps, B = 16", xlabel="step size μ")
     right.set(title="25 epochs", xlabel="weight decay", ylim=(27, 54))
-    for axes in panels:
-        axes.axhline(initial, color=GREY, linewidth=0.8, linestyle=":")
-    name_line(epochs, 8, initial, "at the beginning", GREY, points=3)
     name_line(same, 8, mean_of(runs, SAME_STEPS[1].without_decay()), "no decay", ORANGE)
     name_line(same, 16, mean_of(runs, SAME_STEPS[1]), "decay 0.005", BLUE, points=-9)
     name_line(right, 2.2e-3, mean_of(runs, BY_DECAY[1]), "B = 16, μ = 0.05", GREY, points=-7)
     name_line(right, 6e-3, mean_of(runs, STRONG[0]), "B = 8, μ = 0.1", GREY, points=-7)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+
+
+def draw(path: Path, runs: Sequence[Run], initial: float) -> None:
+    """Four panels in one file: batch size twice, step size, decay."""
+    from matplotlib import pyplot as plt
+
+    style = {
+        "font.size": 9,
+        "svg.hashsalt": "rank_collapse",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with plt.rc_context(style):
+        figure, panels = plt.subplots(1, 4, figsize=(11, 3.3), layout="constrained", sharey=True)
+        draw_panels(panels, runs)
+        for axes in panels:
+            axes.axhline(initial, color=GREY, linewidth=0.8, linestyle=":")
+        name_line(panels[0], 8, initial, "at the beginning", GREY, points=3)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
 
 
 def save_table(path: Path, table: Table) -> None:
