@@ -66,12 +66,16 @@ class Monitor(Callback):
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """What was found, as the line at the end."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Expect a checkpoint after this, for this stage only: a test loads one too."""
+        self._restored = False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier fit, unless this one goes on from its checkpoint."""
         if not self._restored:
             self.schedule.next_tick, self.schedule.stretch = 0, 1
             self._last_count = None
-        self._restored, self._pace_known, self._cost = False, False, 0.0
+        self._pace_known, self._cost = False, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the module as it is, unless that was done before an interruption, and say what is going to happen."""

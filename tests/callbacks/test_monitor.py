@@ -21,7 +21,7 @@ class Gambler(Monitor):
         self.fails_at, self.looks = fails_at, []
 
     def look(self, trainer, pl_module):
-        torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
+        torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002  # must be undone
         self.looks.append((trainer.global_step, torch.is_grad_enabled()))
         if len(self.looks) == self.fails_at:
             raise RuntimeError("lost")
@@ -36,7 +36,7 @@ class Gambler(Monitor):
 
 def states():
     """Hashable copies of all global random states."""
-    numbers = np.random.get_state()  # noqa: NPY002
+    numbers = np.random.get_state()  # noqa: NPY002  # the global one is meant
     return bytes(torch.get_rng_state()), numbers[1].tobytes(), numbers[2:], random.getstate()
 
 
@@ -67,3 +67,19 @@ def test_it_looks_at_the_start_in_between_and_at_the_end_without_gradients(tmp_p
         Regression(torch.optim.SGD), batches()
     )
     assert monitor.looks == [(step, False) for step in (0, 2, 4, 6, 8, 9)]
+
+
+def test_a_checkpoint_read_for_a_test_does_not_reach_into_the_next_fit(tmp_path):
+    # Its state would make the next training begin in the middle of the last one's schedule.
+    class Tested(Regression):
+        def test_step(self, batch, batch_idx):
+            pass
+
+    monitor, module = Gambler(), Tested(partial(torch.optim.SGD, lr=0.1))
+    run = trainer(tmp_path, callbacks=[monitor], max_epochs=1)
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    run.test(module, batches(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    monitor.looks.clear()
+    trainer(tmp_path, callbacks=[monitor], max_epochs=1).fit(module, batches())
+    assert [step for step, _ in monitor.looks] == [0, 2, 4, 6, 7]
