@@ -23,6 +23,7 @@ from lightning_sgd.functional.rank_collapse import spectral_stats
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import MaSS
+from lightning_sgd.strategies import LocalSGDStrategy
 
 __version__ = version("lightning-sgd")
 
@@ -30,6 +31,7 @@ __all__ = [
     "ConditionNumbers",
     "DigitsClassifier",
     "DigitsDataModule",
+    "LocalSGDStrategy",
     "MaSS",
     "MaSSHyperParameters",
     "NoEffectWarning",

@@ -1,0 +1,173 @@
+"""Collectives of our own: counted, timed, checked to be the same one on every rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from lightning_sgd.functional.flat_buffers import HEADER, FlatBuffers
+from lightning_sgd.functional.traffic import Traffic, all_reduce_traffic, broadcast_traffic
+from lightning_sgd.strategies._faults import ExchangeError, RollCall, is_failed_exchange
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+
+class Purpose(IntEnum):
+    """What an exchange is for; part of what all ranks must agree on."""
+
+    GRADIENTS = 0
+    ROUND = 1
+    CONSENSUS = 2
+    STATE = 3
+
+
+NUM_TAGS = 61
+"""Tags are small enough that sums of their squares are exact in float32 for thousands of ranks."""
+
+
+class Exchange:
+    r"""Collectives on process groups of our own, so that those of metrics and Lightning never queue behind them.
+
+    Every message carries a tag of its purpose and step in two elements, t and t², summed like the rest. By the
+    inequality of Cauchy and Schwarz :math:`n\sum t^2 = (\sum t)^2` only if all tags are equal: a rank that has run
+    out of data, say, is found out instead of having its consensus added to somebody's step.
+
+    Args:
+        timeout: How long a rank waits for the others.
+    """
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self.traffic = Traffic()
+        self.world = dist.group.WORLD
+        self.group = dist.new_group(timeout=timeout)
+        # Objects travel on the CPU, whatever the backend of tensors is.
+        self.objects = dist.new_group(timeout=timeout, backend="gloo")
+        self.roll_call = RollCall(self.rank, self.num_ranks, _get_default_store())
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the process group that this was made in still exists."""
+        return dist.is_initialized() and dist.group.WORLD is self.world
+
+    def mean(self, flat: FlatBuffers, purpose: Purpose, step: int) -> None:
+        """Replace what is in the buffers by its mean over the ranks; all ranks get the same bits.
+
+        Args:
+            flat: Packed.
+            purpose: What this is for.
+            step: Optimizer steps so far; the same on all ranks.
+        """
+        tag = _tag(purpose, step)
+        with self._timed(purpose, step):
+            for buffer in flat.buffers:
+                _stamp(buffer, tag)
+                dist.all_reduce(buffer, group=self.group)
+                self._count(*all_reduce_traffic(buffer.nbytes, self.num_ranks))
+                if not _is_stamped_alike(buffer, self.num_ranks):
+                    self._raise_mismatch(purpose, step)
+                buffer.div_(self.num_ranks)
+
+    def broadcast(self, flat: FlatBuffers, purpose: Purpose, step: int) -> None:
+        """Replace what is in the buffers by what rank 0 has in them.
+
+        Args:
+            flat: Packed.
+            purpose: What this is for.
+            step: Optimizer steps so far; the same on all ranks.
+        """
+        with self._timed(purpose, step):
+            for buffer in flat.buffers:
+                dist.broadcast(buffer, src=0, group=self.group)
+                self._count(*broadcast_traffic(buffer.nbytes, self.num_ranks))
+
+    def agree(self, value: int) -> bool:
+        """Whether all ranks have the same number.
+
+        Args:
+            value: This rank's.
+        """
+        extremes = torch.tensor([value, -value])
+        with self._timed(Purpose.STATE, 0):
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.objects)
+            self._count(*all_reduce_traffic(extremes.nbytes, self.num_ranks))
+        return bool(extremes[0] == -extremes[1])
+
+    def gather(self, thing: Any) -> list[Any] | None:
+        """Bring plain containers of CPU tensors to rank 0, which gets a list by rank; the others ``None``.
+
+        Args:
+            thing: This rank's.
+        """
+        things = [None] * self.num_ranks if self.rank == 0 else None
+        with self._timed(Purpose.STATE, 0):
+            dist.gather_object(thing, things, dst=0, group=self.objects)
+        return things
+
+    def gather_everywhere(self, thing: Any) -> list[Any]:
+        """Bring small things to every rank, in a list by rank.
+
+        Args:
+            thing: This rank's.
+        """
+        things: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(things, thing, group=self.objects)
+        return things
+
+    def _count(self, num_bytes: float, num_messages: int) -> None:
+        self.traffic.num_bytes += num_bytes
+        self.traffic.num_messages += num_messages
+
+    @contextmanager
+    def _timed(self, purpose: Purpose, step: int) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_failed_exchange(error):
+                raise
+            waited = time.perf_counter() - begin
+            self._hang_up()
+            what = f"{purpose.name.lower()} after step {step}"
+            raise ExchangeError(
+                f"Rank {self.rank} could not finish the exchange of {what}, and gave up after {waited:.1f} s. "
+                f"{self.roll_call.take()}"
+            ) from error
+        finally:
+            self.traffic.seconds += time.perf_counter() - begin
+
+    def _hang_up(self) -> None:
+        """Close the connections, so that ranks that wait for this one learn of the failure at once."""
+        for group in (self.group, self.objects):
+            with suppress(Exception):
+                dist.destroy_process_group(group)
+
+    def _raise_mismatch(self, purpose: Purpose, step: int) -> None:
+        places = self.gather_everywhere(f"{purpose.name.lower()} after step {step}")
+        ranks = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
+        raise ExchangeError(
+            f"The ranks are not at the same place: {ranks}. Give every rank the same number of batches: a sampler that "
+            "pads, drop_last, or limit_train_batches."
+        )
+
+
+def _tag(purpose: Purpose, step: int) -> int:
+    return (len(Purpose) * step + purpose) % NUM_TAGS
+
+
+def _stamp(buffer: Tensor, tag: int) -> None:
+    buffer[:HEADER] = torch.tensor([tag, tag * tag], dtype=buffer.dtype)
+
+
+def _is_stamped_alike(buffer: Tensor, num_ranks: int) -> bool:
+    total, squares = buffer[:HEADER].tolist()
+    return bool(num_ranks * squares == total * total)

@@ -1,0 +1,388 @@
+"""The base of strategies in which every rank trains a model of its own and the models are averaged now and then."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd.functional.traffic import Traffic
+from lightning_sgd.strategies import _checkpoints as checkpoints
+from lightning_sgd.strategies._consensus import BufferPolicy, Consensus, OptimizerStatePolicy
+from lightning_sgd.strategies._exchange import Exchange
+from lightning_sgd.strategies._faults import ExchangeError, is_failed_exchange
+from lightning_sgd.strategies._replica import Replica
+from lightning_sgd.strategies._requirements import refuse_unsupported, verify_equal_weights
+from lightning_sgd.strategies._sigterm import listen_for_sigterm_every
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
+InitialWeights: TypeAlias = Literal["broadcast", "verify"]
+
+
+class ParameterAveragingStrategy(DDPStrategy, ABC):
+    """Trains one model per rank, without a wrapper and without reducing gradients.
+
+    A subclass says what happens after an optimizer step (:meth:`after_step`), mostly by calling :meth:`average`, and
+    whatever else it needs of the hooks below. This class owns the rest: equal weights at the start; the mean of the
+    models for validation, checkpoints and the end of training, with every rank's own weights put back after; buffers;
+    optimizer state; what each rank needs to resume; counting and timing; and failing ranks.
+
+    Args:
+        buffers: What becomes of floating-point buffers when models are averaged.
+        optimizer_state: What becomes of each rank's optimizer state in a round.
+        initial_weights: Whether to ``broadcast`` those of rank 0 or to ``verify`` that all ranks have the same.
+        sigterm_every_n_batches: How often all ranks agree whether to stop on SIGTERM; 0 for never.
+        process_group_backend: As of ``DDPStrategy``.
+        timeout: How long a rank waits for the others before it gives up.
+        start_method: How processes are started on one machine.
+    """
+
+    def __init__(
+        self,
+        buffers: BufferPolicy,
+        optimizer_state: OptimizerStatePolicy,
+        initial_weights: InitialWeights,
+        sigterm_every_n_batches: int,
+        process_group_backend: str | None,
+        timeout: timedelta,
+        start_method: StartMethod,
+    ) -> None:
+        super().__init__(
+            process_group_backend=process_group_backend, timeout=timeout, start_method=start_method
+        )
+        expect(
+            sigterm_every_n_batches >= 0,
+            "sigterm_every_n_batches",
+            "at least 0",
+            sigterm_every_n_batches,
+            "1 is Lightning's behaviour, 0 means never.",
+        )
+        self.buffer_policy, self.state_policy = buffers, optimizer_state
+        self.initial_weights = initial_weights
+        self.sigterm_every_n_batches = sigterm_every_n_batches
+        self.exchange: Exchange | None = None
+        self.consensus: Consensus | None = None
+        self._written: Mapping[str, Any] | None = None
+        self._is_resumed = False
+        self._random_states: Mapping[str, Any] | None = None
+        self._logged = Traffic()
+
+    # What a subclass says.
+
+    @abstractmethod
+    def after_step(self, replica: Replica) -> None:
+        """Exchange, or not, after an optimizer step of this rank; on every rank alike.
+
+        Args:
+            replica: What the optimizer trains; its counts include this step.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """When models are averaged, as the middle of the line at the start."""
+
+    def before_step(self, replica: Replica) -> None:
+        """Called when the gradients are there, before they are unscaled, clipped and used.
+
+        Args:
+            replica: What the optimizer trains; its counts do not include this step yet.
+        """
+
+    def candidate(self, replica: Replica) -> Sequence[Tensor] | None:
+        """This rank's model as it enters the mean for evaluation; ``None`` for the parameters as they are.
+
+        Args:
+            replica: What one optimizer trains.
+        """
+        return None
+
+    def own_state(self) -> dict[str, Any]:
+        """What a subclass needs of its own to resume: tensors, numbers, strings, lists, dictionaries."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`own_state`.
+
+        Args:
+            state: What it returned on this rank.
+        """
+
+    # What a subclass uses.
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks that take part."""
+        return 1 if self.exchange is None else self.exchange.num_ranks
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """What this rank trains, one by optimizer; none outside of training."""
+        return [] if self.consensus is None else self.consensus.replicas
+
+    def average(self, replica: Replica) -> None:
+        """Give all ranks the mean of their weights, and treat buffers and optimizer state as the settings say.
+
+        Args:
+            replica: What one optimizer trains.
+        """
+        assert self.consensus is not None
+        self.consensus.round(replica)
+
+    # Set-up.
+
+    def configure_ddp(self) -> None:
+        """Instead of wrapping the module, give all ranks the same weights, unless each has got its own back."""
+        if self._is_resumed or self.exchange is None:
+            return
+        if self.initial_weights == "verify":
+            verify_equal_weights(self.exchange, self._module)
+        else:
+            _sync_module_states(self._module)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Make process groups of our own, then the replicas of what the optimizers train."""
+        refuse_unsupported(self)
+        if self.world_size > 1 and (self.exchange is None or not self.exchange.is_valid):
+            self.exchange = Exchange(self._timeout)
+        super().setup(trainer)
+        refuse_unsupported(self)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._begin()
+        self._is_resumed = False
+
+    def _begin(self) -> None:
+        self.consensus = Consensus(
+            self.exchange,
+            self.optimizers,
+            [buffer for buffer in self._module.buffers() if buffer.is_floating_point()],
+            self.candidate,
+            self.buffer_policy,
+            self.state_policy,
+        )
+        self._random_states = None
+        self._logged = Traffic()
+        if self.exchange is not None:
+            self.exchange.traffic = Traffic()
+
+    def on_train_start(self) -> None:
+        """Thin out Lightning's own broadcasts, and say what is going to happen."""
+        listen_for_sigterm_every(self.sigterm_every_n_batches, self._trainer)
+        places = ", ".join(type(logger).__name__ for logger in self._trainer.loggers) or "no logger"
+        ranks = f"{self.num_ranks} ranks" if self.exchange else "1 rank, nothing to exchange"
+        num_bytes = sum(replica.flat.num_bytes for replica in self.replicas)
+        rank_zero_info(
+            f"{type(self).__name__}: {ranks}, {num_bytes / 1e6:.3g} MB of parameters {self.describe()}; "
+            f"comm/... goes to {places}."
+        )
+
+    # Training.
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Put random generators where they were before an interruption; from now on buffers may differ."""
+        if self._random_states is not None:
+            checkpoints.set_random_states(self._random_states)
+            self._random_states = None
+        if self.consensus is not None:
+            self.consensus.move_buffers()
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One step of this rank, then what the subclass does after it.
+
+        Here and not in a hook of the optimizer, which a GradScaler may skip on one rank but not on another.
+        """
+        replica = next(r for r in self.replicas if r.optimizer is optimizer)
+
+        def closure_then_exchange() -> Any:
+            result = closure()
+            self.before_step(replica)
+            return result
+
+        output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
+        replica.step()
+        self.after_step(replica)
+        self._log_traffic()
+        return output
+
+    def on_train_end(self) -> None:
+        """Leave the mean of the models on every rank, and say what it took."""
+        for replica in self.replicas:
+            if replica.num_steps == 0 and replica.optimizer.state:
+                warn_no_effect(
+                    f"{type(self).__name__} saw no step of optimizer {replica.index}. Call `step` of what "
+                    "`self.optimizers()` returns, not of the torch optimizer itself."
+                )
+        if self.consensus is not None:
+            self.consensus.settle()
+        listen_for_sigterm_every(1, self._trainer)
+        rank_zero_info(f"{type(self).__name__}: {self._conclusion()}")
+
+    def on_validation_start(self) -> None:
+        """Evaluate the mean of the models."""
+        if self.consensus is not None:
+            self.consensus.enter()
+
+    def on_validation_end(self) -> None:
+        """Go on with this rank's own weights."""
+        if self.consensus is not None:
+            self.consensus.leave()
+
+    def teardown(self) -> None:
+        """Free the buffers."""
+        if self.consensus is not None:
+            self.consensus.release()
+        super().teardown()
+
+    # Checkpoints.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The mean of the models; exchanges, so every rank must come here."""
+        self._written = self._mean_state_dict()
+        return self._written
+
+    def _mean_state_dict(self) -> dict[str, Any]:
+        if self.consensus is None or self._has_failed or not self.consensus.is_apart:
+            return super().lightning_module_state_dict()
+        with self.consensus.mean():
+            return checkpoints.copied(super().lightning_module_state_dict())
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write the mean of the models, and in one more key what each rank needs to go on."""
+        if "optimizer_states" in checkpoint and self.consensus is not None:
+            checkpoint = self._with_all_ranks(checkpoint, self.consensus)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _with_all_ranks(self, checkpoint: dict[str, Any], consensus: Consensus) -> dict[str, Any]:
+        with consensus.own():
+            own = checkpoints.copied(super().lightning_module_state_dict())
+        mine = checkpoints.with_own_weights(checkpoint, self._written, own)
+        part = checkpoints.rank_part(mine, self._state())
+        if self.exchange is None or self._has_failed:
+            return checkpoints.with_ranks(checkpoint, [part], self.num_ranks)
+        if checkpoint["state_dict"] is not self._written:
+            # A callback such as WeightAveraging has put its own model there, one per rank.
+            step = self.replicas[0].num_steps
+            mean = checkpoints.mean_over_ranks(checkpoint["state_dict"], self.exchange, step)
+            checkpoint = {**checkpoint, "state_dict": mean}
+        parts = self.exchange.gather(part)
+        # What this rank's part shares with the rest of the file is written once.
+        parts = None if parts is None else [part, *parts[1:]]
+        return checkpoints.with_ranks(checkpoint, parts, self.num_ranks) if parts else checkpoint
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "replicas": [replica.state_dict() for replica in self.replicas],
+            "random": checkpoints.random_states(),
+            "own": self.own_state(),
+        }
+
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """What the file holds: for training on as many ranks this rank's part, else the mean of the models."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            return checkpoint
+        self._is_resumed = checkpoints.is_complete(checkpoint, self.world_size)
+        return checkpoints.for_rank(checkpoint, self.global_rank, self.world_size)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore the optimizers, then counts, generators and what the subclass keeps."""
+        super().load_optimizer_state_dict(checkpoint)
+        state = checkpoint.get(checkpoints.KEY)
+        if state is None or self.consensus is None:
+            return
+        for replica, saved in zip(self.replicas, state["replicas"], strict=True):
+            replica.load_state_dict(saved)
+        if "own" not in state:  # every rank starts from the mean
+            for replica in self.replicas:
+                replica.share()
+            return
+        self.consensus.move_buffers()
+        self.load_own_state(state["own"])
+        self._random_states = state["random"]
+
+    # Failing ranks.
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for the others, unless one of them has failed and will never come."""
+        if not self._has_failed:
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Send from one rank to all, unless one of them has failed."""
+        return obj if self._has_failed else super().broadcast(obj, src)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Put this rank's weights back, and find out or let the others know who is to blame."""
+        if self.consensus is not None:
+            self.consensus.leave()
+        if self.exchange is not None and not isinstance(exception, ExchangeError):
+            roll_call = self.exchange.roll_call
+            if is_failed_exchange(exception):
+                exception.args = (f"{exception} {roll_call.take()}",)
+            else:
+                roll_call.report(f"raised {type(exception).__name__}: {exception}")
+        super().on_exception(exception)
+
+    @property
+    def _has_failed(self) -> bool:
+        module = self.lightning_module
+        trainer = None if module is None else module._trainer
+        return trainer is not None and trainer.interrupted
+
+    # Small things.
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def _trainer(self) -> Trainer:
+        return self._module.trainer
+
+    def _log_traffic(self) -> None:
+        if self.exchange is None:
+            return
+        traffic, trainer = self.exchange.traffic, self._trainer
+        traffic.num_steps += 1
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        if every == 0 or traffic.num_steps % every:
+            return
+        values = (traffic - self._logged).per_step()
+        self._logged = traffic - Traffic()
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.callback_metrics.update({key: torch.tensor(x) for key, x in values.items()})
+
+    def _conclusion(self) -> str:
+        steps = ", ".join(str(replica.num_steps) for replica in self.replicas)
+        if self.exchange is None:
+            return f"{steps} steps, nothing to exchange."
+        traffic = self.exchange.traffic
+        return (
+            f"{steps} steps, {traffic.num_bytes / 1e6:.3g} MB sent per rank in {traffic.num_messages} messages, "
+            f"waited {traffic.seconds:.2f} s for the other ranks."
+        )
