@@ -172,6 +172,31 @@ CATALOGUE: tuple[Method, ...] = (
         ),
         helpers=("WeightRank", "RankMe", "spectral_stats"),
     ),
+    Method(
+        key="local_sgd",
+        title="Local SGD",
+        summary="Every rank trains on its own, and now and then all go on from the mean of their models.",
+        use_when="Waiting for the gradients of other ranks takes a good part of every step.",
+        paper=Paper(
+            title="Local SGD Converges Fast and Communicates Little",
+            authors="Sebastian U. Stich",
+            venue="ICLR",
+            year=2019,
+            url="https://arxiv.org/abs/1805.09767",
+        ),
+        plugins=(
+            Plugin(
+                name="LocalSGDStrategy",
+                kind="strategy",
+                settings={"period": 3},
+                metric_keys=(
+                    "comm/bytes_per_step",
+                    "comm/messages_per_step",
+                    "comm/blocked_seconds_per_step",
+                ),
+            ),
+        ),
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
@@ -15,7 +16,12 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_sgd.functional.flat_buffers import HEADER, FlatBuffers
 from lightning_sgd.functional.traffic import Traffic, all_reduce_traffic, broadcast_traffic
-from lightning_sgd.strategies._faults import ExchangeError, RollCall, is_failed_exchange
+from lightning_sgd.strategies._faults import (
+    ExchangeError,
+    RollCall,
+    different_places,
+    is_failed_exchange,
+)
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -57,7 +63,7 @@ class Exchange:
     @property
     def is_valid(self) -> bool:
         """Whether the process group that this was made in still exists."""
-        return dist.is_initialized() and dist.group.WORLD is self.world
+        return dist.is_initialized() and dist.group.WORLD is getattr(self, "world", None)
 
     def mean(self, flat: FlatBuffers, purpose: Purpose, step: int) -> None:
         """Replace what is in the buffers by its mean over the ranks; all ranks get the same bits.
@@ -135,29 +141,30 @@ class Exchange:
         except RuntimeError as error:
             if not is_failed_exchange(error):
                 raise
-            waited = time.perf_counter() - begin
-            self._hang_up()
-            what = f"{purpose.name.lower()} after step {step}"
-            raise ExchangeError(
-                f"Rank {self.rank} could not finish the exchange of {what}, and gave up after {waited:.1f} s. "
-                f"{self.roll_call.take()}"
-            ) from error
+            raise ExchangeError(self._explain(error, _place(purpose, step))) from error
         finally:
             self.traffic.seconds += time.perf_counter() - begin
 
-    def _hang_up(self) -> None:
-        """Close the connections, so that ranks that wait for this one learn of the failure at once."""
-        for group in (self.group, self.objects):
-            with suppress(Exception):
-                dist.destroy_process_group(group)
+    def _explain(self, error: Exception, place: str) -> str:
+        traceback.clear_frames(error.__traceback__)  # they hold on to the group
+        self.hang_up()
+        return f"Rank {self.rank} could not finish the exchange of {place}. {self.roll_call.take(place)}"
+
+    def hang_up(self) -> None:
+        """Close all connections, so that ranks that wait for this one learn of its failure at once."""
+        self.__dict__.pop("group", None)
+        self.__dict__.pop("objects", None)
+        self.__dict__.pop("world", None)
+        with suppress(Exception):
+            dist.destroy_process_group()
 
     def _raise_mismatch(self, purpose: Purpose, step: int) -> None:
-        places = self.gather_everywhere(f"{purpose.name.lower()} after step {step}")
-        ranks = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
-        raise ExchangeError(
-            f"The ranks are not at the same place: {ranks}. Give every rank the same number of batches: a sampler that "
-            "pads, drop_last, or limit_train_batches."
-        )
+        places = self.gather_everywhere(_place(purpose, step))
+        raise ExchangeError(different_places(dict(enumerate(places))))
+
+
+def _place(purpose: Purpose, step: int) -> str:
+    return f"{purpose.name.lower()} after step {step}"
 
 
 def _tag(purpose: Purpose, step: int) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 POLL_SECONDS = 0.05
-LOST = "lost the connection"
+LOST = "could not finish the exchange of "
+EQUALLY_LONG = "Give every rank the same number of batches: a sampler that pads, drop_last, or limit_train_batches."
 
 
 class ExchangeError(RuntimeError):
@@ -40,41 +42,75 @@ class RollCall:
             message: Continues "rank 3 …".
         """
         with suppress(Exception):  # the rank that keeps the store may be gone
-            self.store.compare_set(str(self.rank), "", message)
+            self.store.compare_set(f"said/{self.rank}", "", message)
+            self._stay_for_the_others()
 
-    def take(self) -> str:
-        """Report that this rank has lost the connection, hear the others, and name who is to blame."""
-        self.report(LOST)
-        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
-        deadline = time.monotonic() + self.seconds
+    def take(self, place: str) -> str:
+        """Report that an exchange failed here, hear the others, and name who is to blame.
+
+        Args:
+            place: The exchange, such as "round after step 12".
+        """
         try:
-            while not self._all_have_reported(others) and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-            return self._blame({rank: self._heard(rank) for rank in others})
+            self.store.compare_set(f"said/{self.rank}", "", f"{LOST}{place}")
+            self._wait_for("said", range(self.num_ranks))
+            reports = {rank: self._heard(rank) for rank in range(self.num_ranks)}
+            self.store.set(f"heard/{self.rank}", "")
+            self._stay_for_the_others()
         except Exception:
             return "Rank 0 does not answer: it failed, or was stopped, or its host is out of reach."
+        return blame(reports)
 
-    def _all_have_reported(self, ranks: list[int]) -> bool:
-        return bool(self.store.check([str(rank) for rank in ranks]))
+    def _stay_for_the_others(self) -> None:
+        """Rank 0 may keep the store: it must not leave before the others have read what is there."""
+        if self.rank == 0:
+            there = [rank for rank in range(1, self.num_ranks) if self._heard(rank) is not None]
+            self._wait_for("heard", there)
+
+    def _wait_for(self, page: str, ranks: Iterable[int]) -> None:
+        keys = [f"{page}/{rank}" for rank in ranks]
+        deadline = time.monotonic() + self.seconds
+        while not self.store.check(keys) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
 
     def _heard(self, rank: int) -> str | None:
-        key = str(rank)
+        key = f"said/{rank}"
         return self.store.get(key).decode() if self.store.check([key]) else None
 
-    @staticmethod
-    def _blame(reports: dict[int, str | None]) -> str:
-        failed = [
-            f"Rank {rank} {said}." for rank, said in reports.items() if said not in (None, LOST)
-        ]
-        silent = [str(rank) for rank, said in reports.items() if said is None]
-        if failed:
-            return " ".join(failed)
-        if silent:
-            ranks = (
-                f"Rank {silent[0]} does" if len(silent) == 1 else f"Ranks {', '.join(silent)} do"
-            )
-            return f"{ranks} not answer: killed, stopped, or out of reach."
-        return "Every rank still answers: the network between them failed, or was too slow."
+
+def blame(reports: Mapping[int, str | None]) -> str:
+    """Who is to blame for a failed exchange: who failed, else who is silent, else who is somewhere else.
+
+    Args:
+        reports: What each rank said of itself; ``None`` for silence.
+
+    Example:
+        >>> blame({0: LOST + "round after step 3", 1: "raised ValueError: no such file"})
+        'Rank 1 raised ValueError: no such file.'
+        >>> blame({0: LOST + "round after step 3", 1: None, 2: None})
+        'Ranks 1, 2 do not answer: killed, stopped, or out of reach.'
+    """
+    failed = [f"Rank {r} {said}." for r, said in reports.items() if said and LOST not in said]
+    silent = [str(rank) for rank, said in reports.items() if said is None]
+    if failed:
+        return " ".join(failed)
+    if silent:
+        ranks = f"Rank {silent[0]} does" if len(silent) == 1 else f"Ranks {', '.join(silent)} do"
+        return f"{ranks} not answer: killed, stopped, or out of reach."
+    places = {rank: said.removeprefix(LOST) for rank, said in reports.items() if said}
+    if len(set(places.values())) > 1:
+        return different_places(places)
+    return "Every rank still answers: the network between them failed, or was too slow."
+
+
+def different_places(places: Mapping[int, str]) -> str:
+    """What is wrong when ranks are not in the same exchange.
+
+    Args:
+        places: Where each rank is.
+    """
+    ranks = "; ".join(f"rank {rank}: {place}" for rank, place in places.items())
+    return f"The ranks are not at the same place: {ranks}. {EQUALLY_LONG}"
 
 
 def is_failed_exchange(error: BaseException) -> bool:

@@ -335,13 +335,14 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         return obj if self._has_failed else super().broadcast(obj, src)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Put this rank's weights back, and find out or let the others know who is to blame."""
+        """Put this rank's weights back, hang up, and find out or let the others know who is to blame."""
         if self.consensus is not None:
             self.consensus.leave()
         if self.exchange is not None and not isinstance(exception, ExchangeError):
             roll_call = self.exchange.roll_call
+            self.exchange.hang_up()
             if is_failed_exchange(exception):
-                exception.args = (f"{exception} {roll_call.take()}",)
+                exception.args = (f"{exception} {roll_call.take('something else')}",)
             else:
                 roll_call.report(f"raised {type(exception).__name__}: {exception}")
         super().on_exception(exception)

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule
-from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
 from torch.nn import SyncBatchNorm
 
 from lightning_sgd._validation import expect
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from lightning_sgd.strategies._exchange import Exchange
     from lightning_sgd.strategies._parameter_averaging import ParameterAveragingStrategy
 
+# By name: importing them takes longer than importing this package.
 WRAPPERS = ("FullyShardedDataParallel", "DistributedDataParallel", "DeepSpeedEngine")
+OPTIMIZERS = ("PostLocalSGDOptimizer", "ZeroRedundancyOptimizer", "DistributedOptimizer")
 
 
 def refuse_unsupported(strategy: ParameterAveragingStrategy) -> None:
@@ -38,18 +40,18 @@ def refuse_unsupported(strategy: ParameterAveragingStrategy) -> None:
         True,
         "Ranks are not in the same forward pass; `buffers='average'` averages the statistics.",
     )
-    wrapped = [type(part).__name__ for part in parts if type(part).__name__ in WRAPPERS]
+    wrapped = _named(parts, WRAPPERS)
     remedy = f"{name} needs every rank to hold the whole module, unwrapped."
     expect(not wrapped, "model", "a plain module", wrapped, remedy)
-    sharded = [key for key, param in module.named_parameters() if isinstance(param, DTensor)]
+    sharded = _named(module.parameters(), ("DTensor",))
     expect(not sharded, "model", "made of plain tensors", sharded[:3], remedy)
-    distributed = [
-        type(optimizer).__name__
-        for optimizer in strategy.optimizers
-        if isinstance(optimizer, (PostLocalSGDOptimizer, ZeroRedundancyOptimizer))
-    ]
+    distributed = _named(strategy.optimizers, OPTIMIZERS)
     remedy = "Use the optimizer inside it; the strategy exchanges what is needed."
     expect(not distributed, "configure_optimizers", "of plain optimizers", distributed, remedy)
+
+
+def _named(things: Iterable[object], names: Sequence[str]) -> list[str]:
+    return [type(thing).__name__ for thing in things if type(thing).__name__ in names]
 
 
 def verify_equal_weights(exchange: Exchange, module: LightningModule) -> None:
