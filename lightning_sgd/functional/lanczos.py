@@ -83,7 +83,8 @@ def _norms_of_large(matrix: Tensor, rtol: float) -> SchattenNorms:
 
 def _frobenius_norm(matrix: Tensor) -> Tensor:
     rows = torch.linalg.vector_norm(matrix, dim=1)  # in one sum float32 would lose a digit
-    return torch.linalg.vector_norm(rows)
+    norm: Tensor = torch.linalg.vector_norm(rows)
+    return norm
 
 
 def _largest_share(rows: Tensor, norm: Tensor, rtol: float) -> Tensor:

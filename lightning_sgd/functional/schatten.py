@@ -12,7 +12,6 @@ from lightning_sgd._validation import expect
 from lightning_sgd.functional.gram import GramQueue, eigenvalues, normalize, where_finite
 from lightning_sgd.functional.precision import full_precision
 
-
 SMALL_SIDE = 128
 """Up to here all eigenvalues of a Gram matrix take no longer than the Lanczos method."""
 
@@ -112,7 +111,8 @@ def start_direction(like: Tensor) -> Tensor:
     generator = torch.Generator(like.device).manual_seed(0)
     size = like.shape[-2]
     start = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
-    return start / start.norm()
+    direction: Tensor = start / torch.linalg.vector_norm(start)
+    return direction
 
 
 def next_direction(image: Tensor, basis: Tensor) -> Tensor:

@@ -98,28 +98,95 @@ def test_values_can_be_monitored_by_other_callbacks(tmp_path):
     assert {"rank/stable_rank", "rank/effective_rank", "rank/num_dead"} <= set(run.callback_metrics)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.1, 0.01])
-def test_the_interval_is_stretched_to_keep_the_share_of_time(tmp_path, monkeypatch, share):
-    # A clock on which a batch takes one second and a look takes half a second.
-    now = [0.0]
-    monkeypatch.setattr("lightning_sgd.callbacks._monitor.time.perf_counter", lambda: now[0])
+class SlowClock(Callback):
+    """A clock on which a batch takes one second, a full look half a second, and a glance an eighth."""
 
-    class Clock(Callback):
-        def on_train_batch_start(self, *args):
-            now[0] += 1.0
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("lightning_sgd.callbacks._monitor.time.perf_counter", lambda: self.now)
+        for name, seconds in (("look", 1 / 2), ("glance", 1 / 8)):
+            monkeypatch.setattr(RankMonitor, name, self.slow(getattr(RankMonitor, name), seconds))
 
-    look = RankMonitor.look
+    def slow(self, function, seconds):
+        def call(*args):
+            self.now += seconds
+            return function(*args)
 
-    def slow_look(self, *args):
-        now[0] += 0.5
-        return look(self, *args)
+        return call
 
-    monkeypatch.setattr(RankMonitor, "look", slow_look)
-    monitor = watch(every_n_steps=1, max_overhead=share)
-    trainer(tmp_path, callbacks=[Clock(), monitor], max_epochs=20).fit(Wide(), batches())
-    intervals = np.diff(monitor.times)[:-1]
-    assert set(intervals) <= {{1.0: 1, 0.1: 5, 0.01: 50}[share]}
-    assert len(intervals) > 0
+    def on_train_batch_start(self, *args):
+        self.now += 1.0
+
+
+def test_glances_go_on_between_full_looks(tmp_path, monkeypatch, caplog):
+    logger = CSVLogger(tmp_path, name="", version="")
+    clock, weights = SlowClock(monkeypatch), Weights()
+    monitor = watch(every_n_steps=1, max_overhead=1 / 8, tol=[0.01], log_bound=True)
+    run = trainer(
+        tmp_path,
+        logger=logger,
+        callbacks=[clock, monitor, weights],
+        max_steps=25,
+        max_epochs=-1,
+        log_every_n_steps=1,
+    )
+    with caplog.at_level(logging.INFO):
+        run.fit(Wide(), batches())
+    # By hand in the test of the schedule.
+    full = [0, 14, 24]
+    assert monitor.times == [0, 4, 6, 7, 8, 10, 12, 14, 15, 16, 18, 20, 22, 24, 25]
+    rows = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, deletechars="")
+    for key, times in (
+        ("rank/stable_rank", monitor.times),
+        ("rank/num_dead", monitor.times),
+        ("rank/bound_vacuous_0.1", monitor.times),
+        ("rank/effective_rank", full),
+        ("rank/rank_0.01", full),
+    ):
+        there = ~np.isnan(rows[key])
+        assert rows["step"][there].tolist() == times
+        if key in by_numpy(weights.copies[0][0]):
+            expected = [np.mean([by_numpy(w)[key] for w in weights.copies[t]]) for t in times]
+            np.testing.assert_allclose(rows[key][there], expected, rtol=1e-3)
+    assert (rows["rank/num_dead"][~np.isnan(rows["rank/num_dead"])] == 0).all()
+    assert "in full at most every 10 looks, else only stable_rank, with a bound" in caplog.text
+    assert "effective rank of 2 matrices went from" in caplog.text
+    assert "in 24 steps" in caplog.text
+    assert "; as of step 24 of 25." in caplog.text
+
+
+def test_where_only_the_first_look_is_full_the_end_is_about_the_stable_rank(
+    tmp_path, monkeypatch, caplog
+):
+    monitor = watch(every_n_steps=1, max_overhead=1 / 8, save_figure=True)
+    run = trainer(tmp_path, callbacks=[SlowClock(monkeypatch), monitor], max_steps=7, max_epochs=-1)
+    with caplog.at_level(logging.INFO):
+        run.fit(Wide(), batches())
+    assert monitor.full == [True, False, False, False]
+    assert "stable rank of 2 matrices went from" in caplog.text
+    assert "as of" not in caplog.text
+    assert (tmp_path / "rank_heat_map.png").exists()
+
+
+def test_a_training_too_short_for_a_second_look_says_so(tmp_path, monkeypatch, caplog):
+    monitor = watch(max_overhead=1 / 8, save_figure=True)
+    run = trainer(tmp_path, callbacks=[SlowClock(monkeypatch), monitor], max_steps=3, max_epochs=-1)
+    with caplog.at_level(logging.INFO):
+        run.fit(Wide(), batches())
+    assert monitor.times == [0]
+    assert "which pays for the next look after 4 s" in caplog.text
+    expected = "was measured only once, which is what `max_overhead` allows; as of step 0 of 3."
+    assert f"RankMonitor: effective rank {expected}" in caplog.text
+
+
+def test_measures_that_are_all_cheap_leave_nothing_to_glance_at():
+    assert not watch(measures=["stable_rank", "spectral_norm"]).schedule.can_glance
+    assert watch(measures=["stable_rank", "participation_ratio"]).schedule.can_glance
+
+
+def test_full_looks_cannot_be_every_zero():
+    with pytest.raises(ValueError, match="Expected `full_every_n_looks` to be at least 1, got 0"):
+        RankMonitor(full_every_n_looks=0)
 
 
 def test_a_matrix_that_shrinks_to_nothing_is_named_dead_and_left_out(tmp_path, caplog):
