@@ -120,9 +120,9 @@ def measure(job: str, name: str, module: LightningModule, epochs: int, data: Any
     start = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - start
-    looks = len(monitor.times)
+    looks = len(monitor.history.times)
     per_look, share = 1e3 * spent[0] / looks, spent[0] / seconds
-    return Result(job, name, seconds, looks, sum(monitor.full), per_look, share)
+    return Result(job, name, seconds, looks, sum(monitor.history.full), per_look, share)
 
 
 def timed(function: Callable[..., None], spent: list[float]) -> Callable[..., None]:

@@ -17,7 +17,7 @@ from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._monitor import Monitor
 from lightning_sgd.callbacks._rank_bound import BoundTracker
 from lightning_sgd.callbacks._rank_figure import draw_heat_map, publish
-from lightning_sgd.functional.rank_history import describe_falls, mean_of_the_living
+from lightning_sgd.functional.rank_history import RankHistory, mean_of_the_living
 from lightning_sgd.functional.rank_measures import SpectralNorm
 from lightning_sgd.functional.spectral_measures import (
     CHEAPEST,
@@ -28,7 +28,6 @@ from lightning_sgd.functional.spectral_measures import (
 from lightning_sgd.functional.weight_matrices import WeightMatrix, find_weight_matrices
 
 NORM: Literal["frobenius_norm"] = "frobenius_norm"
-DEAD = 1e-6
 
 
 class RankMonitor(Monitor):
@@ -130,9 +129,7 @@ class RankMonitor(Monitor):
         self.bound_eps = bound_eps
         self.save_figure = save_figure
         self.matrices: list[WeightMatrix] = []
-        self.times: list[int] = []
-        self.history: list[Tensor] = []
-        self.full: list[bool] = []
+        self.history = RankHistory(self.spectra.keys, self.norms.keys)
         self.bound: BoundTracker | None = None
         self._bound_state: dict[str, Any] | None = None
 
@@ -162,7 +159,8 @@ class RankMonitor(Monitor):
                 "Lower `min_side` or widen the patterns."
             )
         if not restored:
-            self.times, self.history, self.full, self._bound_state = [], [], [], None
+            self.history.clear()
+            self._bound_state = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the bound; then look for the first time."""
@@ -203,13 +201,8 @@ class RankMonitor(Monitor):
 
     def _note(self, trainer: Trainer, table: Tensor, full: bool) -> dict[str, float]:
         """Enter a table into the history; the values to log."""
-        again = self.times[-1:] == [trainer.global_step]
-        if again:  # a full look in place of a glance at the same weights
-            del self.times[-1], self.history[-1], self.full[-1]
-        self.times.append(trainer.global_step)
-        self.history.append(table)
-        self.full.append(full)
-        alive = self._alive(table)
+        again = self.history.add(trainer.global_step, table, full)
+        alive = self.history.alive(table)
         means = mean_of_the_living(table, alive).tolist()
         values = {"rank/num_dead": float((~alive).sum())}
         for key, mean, row in zip(self.spectra.keys, means, table.tolist(), strict=True):
@@ -241,60 +234,24 @@ class RankMonitor(Monitor):
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """What fell, how far and since when; saves the heat map."""
-        row, looks = self._headline()
-        quantity = self.spectra.keys[row].replace("_", " ")
-        if len(looks) == 1:
-            found = f"{quantity} was measured only once, which is what `max_overhead` allows"
-        else:
-            found = describe_falls(
-                quantity,
-                [matrix.name for matrix in self.matrices],
-                [self.times[look] for look in looks],
-                self._series(row, looks),
-                self._alive(self.history[-1]),
-            )
-        if (step := self.times[looks[-1]]) < trainer.global_step:
-            found += f"; as of step {step} of {trainer.global_step}"
+        names = [matrix.name for matrix in self.matrices]
+        found = self.history.describe(names, trainer.global_step)
         return f"{found}.{self._save_figure(trainer)}"
 
     def state_dict(self) -> dict[str, Any]:
         """The history, and when to look next."""
         return {
             **super().state_dict(),
+            **self.history.state_dict(),
             "names": [matrix.name for matrix in self.matrices],
-            "times": list(self.times),
-            "history": list(self.history),
-            "full": list(self.full),
             "bound": None if self.bound is None else self.bound.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history."""
         super().load_state_dict(state_dict)
-        self.times, self.history = list(state_dict["times"]), list(state_dict["history"])
-        self.full = list(state_dict["full"])
+        self.history.load_state_dict(state_dict)
         self._bound_state = state_dict["bound"]
-
-    def _headline(self) -> tuple[int, list[int]]:
-        """Which measure stands for all in the last line and in the heat map, and at which looks it was taken.
-
-        That is the effective rank, unless there was no second full look but there were glances.
-        """
-        keys = self.spectra.keys
-        row = keys.index("effective_rank") if "effective_rank" in keys else 0
-        looks = self._looks_with(row)
-        if len(looks) == 1 < len(self.times) and "stable_rank" in keys:
-            row = keys.index("stable_rank")
-            looks = self._looks_with(row)
-        return row, looks
-
-    def _looks_with(self, row: int) -> list[int]:
-        cheap = self.spectra.keys[row] in self.norms.keys
-        return [look for look, full in enumerate(self.full) if full or cheap]
-
-    def _series(self, row: int, looks: list[int]) -> Tensor:
-        """One measure over time, of shape (looks, matrices)."""
-        return torch.stack([self.history[look][row] for look in looks])
 
     def _bounds(self, table: Tensor) -> dict[str, float]:
         if self.bound is None:
@@ -319,12 +276,12 @@ class RankMonitor(Monitor):
         if find_spec("matplotlib") is None:
             return " No heat map: pip install 'lightning-sgd[report]'."
         short = torch.tensor([min(matrix.shape) for matrix in self.matrices])
-        row, looks = self._headline()
+        quantity, times, values = self.history.headline()
         figure = draw_heat_map(
-            f"{self.spectra.keys[row].replace('_', ' ')} over short side",
+            f"{quantity} over short side",
             [matrix.name for matrix in self.matrices],
-            [self.times[look] for look in looks],
-            self._series(row, looks) / short,
+            times,
+            values / short,
         )
         return f" Heat map: {publish(figure, folder, trainer)}"
 
@@ -341,12 +298,6 @@ class RankMonitor(Monitor):
         table = torch.full((len(self.spectra.keys), len(self.matrices)), torch.nan)
         table[[self.spectra.keys.index(key) for key in stats]] = taken.cpu()
         return table
-
-    def _alive(self, table: Tensor) -> Tensor:
-        """Which matrices are finite and have not shrunk to nothing; what shrinks keeps its shape, hence its rank."""
-        row = self.spectra.keys.index(NORM)
-        norm, first = table[row], self.history[0][row]
-        return norm.isfinite() & (norm > DEAD * first)
 
 
 def metric_key(key: str) -> str:

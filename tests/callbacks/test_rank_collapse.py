@@ -67,10 +67,10 @@ def test_values_are_those_of_the_weights_at_that_step(tmp_path):
     trainer(tmp_path, logger=logger, callbacks=[monitor, weights], log_every_n_steps=1).fit(
         module, batches()
     )
-    assert monitor.times == [0, 3, 6, 9, 12, 14]
+    assert monitor.history.times == [0, 3, 6, 9, 12, 14]
     rows = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, deletechars="")
     assert [matrix.name for matrix in monitor.matrices] == ["net.0.weight", "net.2.weight"]
-    for index, time in enumerate(monitor.times):
+    for index, time in enumerate(monitor.history.times):
         expected = [by_numpy(weight) for weight in weights.copies[time]]
         for key in expected[0]:
             values = [values[key] for values in expected]
@@ -85,11 +85,11 @@ def test_by_default_it_looks_at_the_start_and_after_every_epoch(tmp_path):
     monitor = watch()
     run = trainer(tmp_path, callbacks=[monitor], max_epochs=3)
     run.fit(Wide(), batches())
-    assert monitor.times == [0, 7, 14, 21]
+    assert monitor.history.times == [0, 7, 14, 21]
     expected = by_numpy(run.lightning_module.net[0].weight)["rank/effective_rank"]
-    assert monitor.history[-1][monitor.spectra.keys.index("effective_rank"), 0] == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert monitor.history.tables[-1][
+        monitor.spectra.keys.index("effective_rank"), 0
+    ] == pytest.approx(expected, rel=1e-5)
 
 
 def test_values_can_be_monitored_by_other_callbacks(tmp_path):
@@ -134,12 +134,12 @@ def test_glances_go_on_between_full_looks(tmp_path, monkeypatch, caplog):
         run.fit(Wide(), batches())
     # By hand in the test of the schedule.
     full = [0, 14, 24]
-    assert monitor.times == [0, 4, 6, 7, 8, 10, 12, 14, 15, 16, 18, 20, 22, 24, 25]
+    assert monitor.history.times == [0, 4, 6, 7, 8, 10, 12, 14, 15, 16, 18, 20, 22, 24, 25]
     rows = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, deletechars="")
     for key, times in (
-        ("rank/stable_rank", monitor.times),
-        ("rank/num_dead", monitor.times),
-        ("rank/bound_vacuous_0.1", monitor.times),
+        ("rank/stable_rank", monitor.history.times),
+        ("rank/num_dead", monitor.history.times),
+        ("rank/bound_vacuous_0.1", monitor.history.times),
         ("rank/effective_rank", full),
         ("rank/rank_0.01", full),
     ):
@@ -152,7 +152,7 @@ def test_glances_go_on_between_full_looks(tmp_path, monkeypatch, caplog):
     assert "in full at most every 10 looks, else only stable_rank, with a bound" in caplog.text
     assert "effective rank of 2 matrices went from" in caplog.text
     assert "in 24 steps" in caplog.text
-    assert "; as of step 24 of 25." in caplog.text
+    assert ", as of step 24 of 25: `max_overhead` allowed no closer look since." in caplog.text
 
 
 def test_where_only_the_first_look_is_full_the_end_is_about_the_stable_rank(
@@ -162,7 +162,7 @@ def test_where_only_the_first_look_is_full_the_end_is_about_the_stable_rank(
     run = trainer(tmp_path, callbacks=[SlowClock(monkeypatch), monitor], max_steps=7, max_epochs=-1)
     with caplog.at_level(logging.INFO):
         run.fit(Wide(), batches())
-    assert monitor.full == [True, False, False, False]
+    assert monitor.history.full == [True, False, False, False]
     assert "stable rank of 2 matrices went from" in caplog.text
     assert "as of" not in caplog.text
     assert (tmp_path / "rank_heat_map.png").exists()
@@ -173,10 +173,12 @@ def test_a_training_too_short_for_a_second_look_says_so(tmp_path, monkeypatch, c
     run = trainer(tmp_path, callbacks=[SlowClock(monkeypatch), monitor], max_steps=3, max_epochs=-1)
     with caplog.at_level(logging.INFO):
         run.fit(Wide(), batches())
-    assert monitor.times == [0]
+    assert monitor.history.times == [0]
     assert "which pays for the next look after 4 s" in caplog.text
-    expected = "was measured only once, which is what `max_overhead` allows; as of step 0 of 3."
-    assert f"RankMonitor: effective rank {expected}" in caplog.text
+    expected = (
+        "effective rank was measured once, as of step 0 of 3: `max_overhead` allowed no closer look"
+    )
+    assert f"RankMonitor: {expected} since." in caplog.text
 
 
 def test_measures_that_are_all_cheap_leave_nothing_to_glance_at():
@@ -209,7 +211,7 @@ def test_a_matrix_that_shrinks_to_nothing_is_named_dead_and_left_out(tmp_path, c
 def test_two_ranks_share_the_work_and_agree(tmp_path):
     class Save(Callback):
         def on_train_end(self, trainer, pl_module):
-            table = trainer.callbacks[0].history[-1]
+            table = trainer.callbacks[0].history.tables[-1]
             torch.save(table, tmp_path / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
     for devices in (1, 2):
@@ -251,7 +253,9 @@ def test_the_bound_holds_for_the_real_schedule(tmp_path, make):
 
         def on_train_batch_end(self, trainer, pl_module, *args):
             monitor = trainer.callbacks[0]
-            norms = monitor.history[-1][monitor.spectra.keys.index("frobenius_norm")].tolist()
+            norms = monitor.history.tables[-1][
+                monitor.spectra.keys.index("frobenius_norm")
+            ].tolist()
             for index, weight in enumerate((pl_module.net[0].weight, pl_module.net[2].weight)):
                 pairs = monitor.bound.tails[index]
                 sigma = np.linalg.svd(weight.detach().numpy(), compute_uv=False)
@@ -363,7 +367,7 @@ def test_windows_hold_the_steps_and_norms_between_looks(tmp_path):
     run = trainer(tmp_path, callbacks=[buffers, monitor], max_epochs=1, limit_train_batches=6)
     run.fit(Scheduled(), batches())
     windows = monitor.bound.windows[0]
-    assert monitor.times == [0, 3, 6]
+    assert monitor.history.times == [0, 3, 6]
     assert [window.num_samples for window in windows] == [24, 24]
     assert windows[0].buffer_norm == 0.0
     assert windows[1].buffer_norm == pytest.approx(buffers.norms[3], rel=1e-5)
