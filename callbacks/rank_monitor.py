@@ -52,7 +52,7 @@ class RankMonitor(Monitor):
 
     Cost: about m²n + 4/3·m³ operations per m × n matrix with m ≤ n and full look, shared out over the ranks, and three
     small all-reduces. Between full looks of large networks there are glances, about 120·mn operations for the stable
-    rank, to half a percent, and the norms. The monitor looks as far as ``max_overhead`` allows. Training is not
+    rank, to one percent or better, and the norms. The monitor looks as far as ``max_overhead`` allows. Training is not
     changed, to the last bit.
 
     Args:

@@ -25,10 +25,10 @@ def with_spectrum(sigma, rows, columns, seed=0):
     return torch.from_numpy(U * np.asarray(sigma) @ V.T).float()
 
 
-def check(matrix, norms, rtol=5e-3):
+def check(matrix, norms, rtol=1e-2):
     sigma = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
     assert norms.two.item() == pytest.approx(np.linalg.norm(sigma), rel=1e-5)
-    # From below, up to rounding, and by no more than the card says: half a percent of the square.
+    # From below, up to rounding, and by no more than the card says: one percent of the square.
     assert norms.infinity.item() <= sigma[0] * (1 + 1e-5)
     assert norms.infinity.item() ** 2 >= sigma[0] ** 2 * (1 - rtol)
 
@@ -118,5 +118,5 @@ def test_the_cheap_stable_rank_needs_no_gram_matrix(monkeypatch):
     batch = spectral_stats(matrix, measures=["stable_rank"], method="cheap")["stable_rank"]
     each = spectral_stats_of(matrix, measures=["stable_rank"], method="cheap")["stable_rank"]
     assert batch.shape == each.shape == (2,)
-    torch.testing.assert_close(batch, exact, rtol=5e-3, atol=0)
+    torch.testing.assert_close(batch, exact, rtol=1e-2, atol=0)
     torch.testing.assert_close(each, batch, rtol=0, atol=0)
