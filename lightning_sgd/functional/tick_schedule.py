@@ -12,6 +12,8 @@ Rung: TypeAlias = Literal["look", "glance"]
 
 QUICK = 0.1
 """Seconds; below that every look is a full one."""
+PLANNED = 0.9
+"""Part of the budget that is planned for; the rest is for hooks at every batch, and for looks slower than the last."""
 
 
 @dataclass(slots=True)
@@ -19,7 +21,8 @@ class TickSchedule:
     """Every so many steps or epochs, as far as the budget goes.
 
     The budget is a share of the training time so far. Whatever has been spent, the first look included, and what the
-    next look is going to cost, by the last one of its kind, must stay within it. At each tick of the interval there is
+    next look is going to cost, by the last one of its kind, must stay within nine tenths of it. At each tick of the
+    interval there is
 
     - a full look, if the last one was ``full_every`` intervals ago or it takes less than 0.1 s, and there is enough,
     - else a glance, which takes what is cheap, if there is enough and glances have used up at most half of the budget,
@@ -45,9 +48,9 @@ class TickSchedule:
         >>> schedule.choose(now=0, seconds=0.0)
         'look'
         >>> schedule.record("look", now=0, cost=0.5)
-        >>> schedule.choose(now=10, seconds=10.0)  # of which 0.1 s may be spent
-        >>> schedule.next_tick  # 0.5 s for the first look, 0.5 s for the next
-        100
+        >>> schedule.choose(now=10, seconds=10.0)  # of which 0.09 s may be spent
+        >>> schedule.next_tick  # 0.5 s for the first look and 0.5 s for the next are there after 111 s
+        120
     """
 
     every: int
@@ -145,14 +148,14 @@ class TickSchedule:
         """Training time after which there is enough for a full look."""
         if self.max_overhead is None:
             return 0.0
-        return (self.spent + self.look_cost) / self.max_overhead
+        return (self.spent + self.look_cost) / (PLANNED * self.max_overhead)
 
     def _seconds_for_glance(self) -> float:
         """Training time after which there is enough for a glance, and half of it left to full looks."""
         if self.max_overhead is None:
             return 0.0
         twice = 2 * (self.spent_on_glances + self.glance_cost)
-        return max(self.spent + self.glance_cost, twice) / self.max_overhead
+        return max(self.spent + self.glance_cost, twice) / (PLANNED * self.max_overhead)
 
     def _put_off(self, now: int, seconds: float) -> None:
         """Decide again when there is enough, by the pace so far; at the next tick if that is not known."""
