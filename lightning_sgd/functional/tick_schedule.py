@@ -12,7 +12,7 @@ Rung: TypeAlias = Literal["look", "glance"]
 
 QUICK = 0.1
 """Seconds; below that every look is a full one."""
-PLANNED = 0.9
+PLANNED = 0.8
 """Part of the budget that is planned for; the rest is for hooks at every batch, and for looks slower than the last."""
 
 
@@ -21,7 +21,7 @@ class TickSchedule:
     """Every so many steps or epochs, as far as the budget goes.
 
     The budget is a share of the training time so far. Whatever has been spent, the first look included, and what the
-    next look is going to cost, by the last one of its kind, must stay within nine tenths of it. At each tick of the
+    next look is going to cost, by the last one of its kind, must stay within four fifths of it. At each tick of the
     interval there is
 
     - a full look, if the last one was ``full_every`` intervals ago or it takes less than 0.1 s, and there is enough,
@@ -48,9 +48,9 @@ class TickSchedule:
         >>> schedule.choose(now=0, seconds=0.0)
         'look'
         >>> schedule.record("look", now=0, cost=0.5)
-        >>> schedule.choose(now=10, seconds=10.0)  # of which 0.09 s may be spent
-        >>> schedule.next_tick  # 0.5 s for the first look and 0.5 s for the next are there after 111 s
-        120
+        >>> schedule.choose(now=10, seconds=10.0)  # of which 0.08 s may be spent
+        >>> schedule.next_tick  # 0.5 s for the first look and 0.5 s for the next are there after 125 s
+        130
     """
 
     every: int
