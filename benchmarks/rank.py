@@ -6,6 +6,11 @@ that the drift of a shared machine cancels in their median.
     python benchmarks/rank.py
     python benchmarks/rank.py --quick --json rank.json
 
+The row of the default cadence is what a user pays: the mean over the first 100 looks of ``RankMonitor`` with its
+default settings, some of them full looks and the others glances, by its own schedule and the median times of these two
+rows. It assumes that an epoch, the default interval, takes as long as ``--epoch-seconds`` says. Where epochs are short,
+looks are rarer, and full ones rarer still; longer ones make no difference.
+
 WeightWatcher takes part where the package ``weightwatcher`` is installed. It computes something else for convolutions,
 the spectra of their k × k slices, which are far smaller matrices than the C_out × (C_in·k²) of this package and of the
 paper; of linear layers it computes the same.
@@ -34,11 +39,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from lightning_sgd import RankMonitor
 from lightning_sgd.functional.rank_collapse import spectral_stats_of
 from lightning_sgd.functional.weight_matrices import find_weight_matrices
 
 BASELINE = "svdvals, layer by layer"
 PEER = "WeightWatcher.analyze"
+FULL, GLANCE, CADENCE = "ours, full look", "ours, glance", "ours, default cadence"
 
 
 def resnet18() -> nn.Module:
@@ -66,14 +73,16 @@ def candidates(module: nn.Module) -> dict[str, Callable[[], object]]:
     """Every row of the table; a new one is one more entry here."""
     matrices = find_weight_matrices(module, min_side=1)
 
+    by_default = RankMonitor().spectra, RankMonitor().norms
+
     def ours(**settings: object) -> Callable[[], object]:
         return lambda: spectral_stats_of((matrix.read() for matrix in matrices), **settings)
 
     found: dict[str, Callable[[], object]] = {
         BASELINE: lambda: [torch.linalg.svdvals(matrix.read()) for matrix in matrices],
-        "ours, default measures": ours(),
+        FULL: lambda: by_default[0].of(matrix.read() for matrix in matrices),
+        GLANCE: lambda: by_default[1].of(matrix.read() for matrix in matrices),
         "ours, rank, stable rank": ours(measures=["rank", "stable_rank"]),
-        "ours, cheap": ours(measures=["stable_rank", "participation_ratio"], method="cheap"),
     }
     analyze = weightwatcher(module)
     return found if analyze is None else {**found, PEER: analyze}
@@ -104,6 +113,7 @@ class Result:
         faster_than_peer: The same for WeightWatcher, if it takes part.
         milliseconds_range: Smallest and largest time.
         rounds: Number of rounds.
+        full_share: For the default cadence, which share of the looks are full ones.
     """
 
     network: str
@@ -114,6 +124,7 @@ class Result:
     faster_than_peer: float | None
     milliseconds_range: tuple[float, float]
     rounds: int
+    full_share: float | None = None
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -125,7 +136,7 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(network: str, module: nn.Module, seconds: float) -> list[Result]:
+def compare(network: str, module: nn.Module, seconds: float, epoch_seconds: float) -> list[Result]:
     """All candidates on one network, for so many seconds and at least one round."""
     calls = candidates(module)
     order = list(calls)
@@ -138,6 +149,11 @@ def compare(network: str, module: nn.Module, seconds: float) -> list[Result]:
         random.shuffle(order)
         for name in order:
             times[name].append(seconds_of(calls[name]))
+    full_share = share_of_full_looks(times[FULL], times[GLANCE], epoch_seconds)
+    times[CADENCE] = [
+        full_share * full + (1 - full_share) * glance
+        for full, glance in zip(times[FULL], times[GLANCE], strict=True)
+    ]
     results = []
     for name, taken in times.items():
         results.append(
@@ -150,9 +166,27 @@ def compare(network: str, module: nn.Module, seconds: float) -> list[Result]:
                 faster_than_peer=median_ratio(times[PEER], taken) if PEER in times else None,
                 milliseconds_range=(1e3 * min(taken), 1e3 * max(taken)),
                 rounds=len(taken),
+                full_share=full_share if name == CADENCE else None,
             )
         )
     return sorted(results, key=lambda result: -result.milliseconds)
+
+
+def share_of_full_looks(
+    full: Sequence[float], glance: Sequence[float], epoch_seconds: float, num_looks: int = 100
+) -> float:
+    """Which share of the first looks of the monitor with its default settings are full ones."""
+    costs = {"look": statistics.median(full), "glance": statistics.median(glance)}
+    schedule = RankMonitor().schedule
+    taken: list[str] = []
+    epoch = 0
+    while len(taken) < num_looks:
+        rung = schedule.choose(epoch, epoch * epoch_seconds) if schedule.is_due(epoch) else None
+        if rung is not None:
+            schedule.record(rung, epoch, costs[rung])
+            taken.append(rung)
+        epoch += 1
+    return taken.count("look") / num_looks
 
 
 def median_ratio(others: Sequence[float], own: Sequence[float]) -> float:
@@ -171,7 +205,9 @@ def as_table(results: Sequence[Result]) -> Table:
         peer = result.faster_than_peer
         table.add_row(
             f"{result.network}, {result.matrices}",
-            result.name,
+            result.name
+            if result.full_share is None
+            else f"{result.name}, {result.full_share:.0%} full",
             f"{result.milliseconds:.1f}",
             f"{result.faster_than_baseline:.1f}",
             "" if peer is None else f"{peer:.1f}",
@@ -180,7 +216,7 @@ def as_table(results: Sequence[Result]) -> Table:
     return table
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, epoch_seconds: float) -> str:
     """The machine and the settings behind the numbers."""
     where = f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
     if device.type == "cuda":
@@ -188,7 +224,8 @@ def describe(device: torch.device) -> str:
     return (
         f"{where}, torch {torch.__version__}, float32 weights. Medians; how many times faster than “{BASELINE}” and "
         f"than “{PEER}” in the same round. The latter takes smaller matrices for convolutions, and fits a power law to "
-        "each spectrum."
+        f"each spectrum. “{CADENCE}” is the mean over the first 100 looks of RankMonitor() where an epoch takes "
+        f"{epoch_seconds:g} s."
     )
 
 
@@ -198,6 +235,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu (default) or cuda")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seconds", type=float, default=30, help="per network (default: 30)")
+    parser.add_argument(
+        "--epoch-seconds",
+        type=float,
+        default=600,
+        help="assumed time of an epoch, for the row of the default cadence (default: 600)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers there")
     parser.add_argument(
@@ -217,9 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module = NETWORKS[name]().to(options.device)
         if options.quick:
             module = module[:6]
-        results += compare(name, module, 0 if options.quick else options.seconds)
-    description = describe(options.device)
-    Console().print(as_table(results))
+        seconds = 0 if options.quick else options.seconds
+        results += compare(name, module, seconds, options.epoch_seconds)
+    description = describe(options.device, options.epoch_seconds)
+    Console(width=100).print(as_table(results))
     print(description)
     if options.json:
         record = {"on": description, "results": [asdict(result) for result in results]}

@@ -13,16 +13,21 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._monitor import Monitor
 from lightning_sgd.callbacks._rank_bound import BoundTracker
 from lightning_sgd.callbacks._rank_figure import draw_heat_map, publish
-from lightning_sgd.functional.rank_history import describe_falls, mean_of_the_living
+from lightning_sgd.functional.rank_history import RankHistory, mean_of_the_living
 from lightning_sgd.functional.rank_measures import SpectralNorm
-from lightning_sgd.functional.spectral_measures import Measure, SpectralMeasures, StatsMethod
+from lightning_sgd.functional.spectral_measures import (
+    CHEAPEST,
+    Measure,
+    SpectralMeasures,
+    StatsMethod,
+)
 from lightning_sgd.functional.weight_matrices import WeightMatrix, find_weight_matrices
 
 NORM: Literal["frobenius_norm"] = "frobenius_norm"
-DEAD = 1e-6
 
 
 class RankMonitor(Monitor):
@@ -45,8 +50,10 @@ class RankMonitor(Monitor):
     values are in ``trainer.callback_metrics`` too. At the end it says which matrices
     fell, and saves a heat map.
 
-    Cost: about m²n + 4/3·m³ operations per m × n matrix with m ≤ n and look, shared out over the ranks; one small
-    all-reduce. Training is not changed, to the last bit.
+    Cost: about m²n + 4/3·m³ operations per m × n matrix with m ≤ n and full look, shared out over the ranks, and three
+    small all-reduces. Between full looks of large networks there are glances, about 120·mn operations for the stable
+    rank, to one percent or better, and the norms. The monitor looks as far as ``max_overhead`` allows. Training is not
+    changed, to the last bit.
 
     Args:
         measures: Which measures to take: ``rank``, ``hard_rank``, ``energy_rank``, ``stable_rank``,
@@ -58,6 +65,8 @@ class RankMonitor(Monitor):
         min_side: Smallest number of rows and of columns of a matrix.
         every_n_steps: Look after so many optimizer steps; instead of ``every_n_epochs``.
         every_n_epochs: Look after so many epochs; by default after every epoch.
+        full_every_n_looks: Take all measures so often, and between only those that are cheap. Looks that take less than
+            0.1 s are always full.
         method: How to get the singular values: ``auto`` for the cheapest way that is accurate enough, ``gram``,
             ``svd``, ``sketch`` for lower bounds, or ``cheap`` for stable rank and participation ratio without any.
         log_layers: Log every matrix, not only the mean.
@@ -66,8 +75,8 @@ class RankMonitor(Monitor):
             ``rank/bound_vacuous_<eps>``, the share of matrices for which it says nothing. For SGD and MaSS
             without a GradScaler.
         bound_eps: Thresholds of the bound [ε].
-        max_overhead: Largest share of the training time for looking, which the interval is stretched to keep; null
-            never stretches it.
+        max_overhead: Largest share of the training time for looking, the first look included. Looks that would exceed
+            it are left out, the last one too; null makes all of them, and all of them full.
         save_figure: Save a heat map, matrices by time, in the log folder at the end, and hand it to loggers that take
             figures; needs the extra ``report``.
 
@@ -93,6 +102,7 @@ class RankMonitor(Monitor):
         min_side: int = 8,
         every_n_steps: int | None = None,
         every_n_epochs: int | None = None,
+        full_every_n_looks: int = 10,
         method: StatsMethod = "auto",
         log_layers: bool = False,
         log_bound: bool = False,
@@ -100,17 +110,26 @@ class RankMonitor(Monitor):
         max_overhead: float | None = 0.01,
         save_figure: bool = True,
     ) -> None:
-        super().__init__(every_n_steps, every_n_epochs, max_overhead)
+        expect(
+            full_every_n_looks >= 1,
+            "full_every_n_looks",
+            "at least 1",
+            full_every_n_looks,
+            "With 1 every look is full.",
+        )
+        super().__init__(every_n_steps, every_n_epochs, max_overhead, full_every_n_looks)
         wanted: tuple[Measure, ...] = tuple(dict.fromkeys((*measures, NORM)))
         self.spectra = SpectralMeasures(measures=wanted, tol=tol, tol_norm=tol_norm, method=method)
+        cheap = tuple(measure for measure in wanted if measure in CHEAPEST)
+        self.norms = SpectralMeasures(measures=cheap, method="cheap")
+        self.schedule.can_glance = cheap != wanted
         self.include, self.exclude, self.min_side = include, exclude, min_side
         self.log_layers = log_layers
         self.log_bound = log_bound
         self.bound_eps = bound_eps
         self.save_figure = save_figure
         self.matrices: list[WeightMatrix] = []
-        self.times: list[int] = []
-        self.history: list[Tensor] = []
+        self.history = RankHistory(self.spectra.keys, self.norms.keys)
         self.bound: BoundTracker | None = None
         self._bound_state: dict[str, Any] | None = None
 
@@ -140,7 +159,8 @@ class RankMonitor(Monitor):
                 "Lower `min_side` or widen the patterns."
             )
         if not restored:
-            self.times, self.history, self._bound_state = [], [], None
+            self.history.clear()
+            self._bound_state = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the bound; then look for the first time."""
@@ -173,24 +193,36 @@ class RankMonitor(Monitor):
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
         """Take the measures; each rank those of its share of the matrices."""
-        table = self._measure(trainer, pl_module)
-        self.times.append(trainer.global_step)
-        self.history.append(table)
-        alive = self._alive(table)
+        return self._note(trainer, self._measure(trainer, pl_module, self.spectra), full=True)
+
+    def glance(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
+        """Take those measures that need no singular values but the largest."""
+        return self._note(trainer, self._measure(trainer, pl_module, self.norms), full=False)
+
+    def _note(self, trainer: Trainer, table: Tensor, full: bool) -> dict[str, float]:
+        """Enter a table into the history; the values to log."""
+        again = self.history.add(trainer.global_step, table, full)
+        alive = self.history.alive(table)
         means = mean_of_the_living(table, alive).tolist()
         values = {"rank/num_dead": float((~alive).sum())}
         for key, mean, row in zip(self.spectra.keys, means, table.tolist(), strict=True):
-            name = metric_key(key)
-            values[name] = mean
-            if self.log_layers:
-                layers = zip(self.matrices, row, strict=True)
-                values |= {f"{name}/{matrix.name}": value for matrix, value in layers}
-        return values | self._bounds(table)
+            if full or key in self.norms.keys:
+                name = metric_key(key)
+                values[name] = mean
+                if self.log_layers:
+                    layers = zip(self.matrices, row, strict=True)
+                    values |= {f"{name}/{matrix.name}": value for matrix, value in layers}
+        return values if again else values | self._bounds(table)
 
     def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """How many matrices, and which measures."""
         names = ", ".join(key for key in self.spectra.keys if key != NORM)
         parts = [f"{names} of {len(self.matrices)} weight matrices"]
+        if self.schedule.glances_between:
+            cheap = ", ".join(key for key in self.norms.keys if key != NORM) or "norms"
+            parts.append(
+                f"in full at most every {self.schedule.full_every} looks, else only {cheap}"
+            )
         if self.bound is not None:
             applies = sum(owner is not None for owner in self.bound.owners)
             parts.append(
@@ -202,37 +234,24 @@ class RankMonitor(Monitor):
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """What fell, how far and since when; saves the heat map."""
-        row = self._headline
-        found = describe_falls(
-            self.spectra.keys[row].replace("_", " "),
-            [matrix.name for matrix in self.matrices],
-            self.times,
-            torch.stack(self.history)[:, row],
-            self._alive(self.history[-1]),
-        )
+        names = [matrix.name for matrix in self.matrices]
+        found = self.history.describe(names, trainer.global_step)
         return f"{found}.{self._save_figure(trainer)}"
 
     def state_dict(self) -> dict[str, Any]:
         """The history, and when to look next."""
         return {
             **super().state_dict(),
+            **self.history.state_dict(),
             "names": [matrix.name for matrix in self.matrices],
-            "times": list(self.times),
-            "history": list(self.history),
             "bound": None if self.bound is None else self.bound.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history."""
         super().load_state_dict(state_dict)
-        self.times, self.history = list(state_dict["times"]), list(state_dict["history"])
+        self.history.load_state_dict(state_dict)
         self._bound_state = state_dict["bound"]
-
-    @property
-    def _headline(self) -> int:
-        """Which measure stands for all in the last line and in the heat map."""
-        keys = self.spectra.keys
-        return keys.index("effective_rank") if "effective_rank" in keys else 0
 
     def _bounds(self, table: Tensor) -> dict[str, float]:
         if self.bound is None:
@@ -257,29 +276,28 @@ class RankMonitor(Monitor):
         if find_spec("matplotlib") is None:
             return " No heat map: pip install 'lightning-sgd[report]'."
         short = torch.tensor([min(matrix.shape) for matrix in self.matrices])
+        quantity, times, values = self.history.headline()
         figure = draw_heat_map(
-            f"{self.spectra.keys[self._headline].replace('_', ' ')} over short side",
+            f"{quantity} over short side",
             [matrix.name for matrix in self.matrices],
-            self.times,
-            torch.stack(self.history)[:, self._headline] / short,
+            times,
+            values / short,
         )
         return f" Heat map: {publish(figure, folder, trainer)}"
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        """Table of shape (measures, matrices), the same on all ranks, on the CPU."""
+    def _measure(
+        self, trainer: Trainer, pl_module: LightningModule, measures: SpectralMeasures
+    ) -> Tensor:
+        """Table of shape (measures, matrices), the same on all ranks, on the CPU; NaN for measures not taken."""
         rank, world_size = trainer.global_rank, trainer.world_size
-        stats = self.spectra.of(matrix.read() for matrix in self.matrices[rank::world_size])
-        table = torch.zeros(len(stats), len(self.matrices), device=pl_module.device)
-        table[:, rank::world_size] = torch.stack(list(stats.values())).to(table)
+        stats = measures.of(matrix.read() for matrix in self.matrices[rank::world_size])
+        taken = torch.zeros(len(stats), len(self.matrices), device=pl_module.device)
+        taken[:, rank::world_size] = torch.stack(list(stats.values())).to(taken)
         if world_size > 1:
-            dist.all_reduce(table)
-        return table.cpu()
-
-    def _alive(self, table: Tensor) -> Tensor:
-        """Which matrices are finite and have not shrunk to nothing; what shrinks keeps its shape, hence its rank."""
-        row = self.spectra.keys.index(NORM)
-        norm, first = table[row], self.history[0][row]
-        return table.isfinite().all(dim=0) & (norm > DEAD * first)
+            dist.all_reduce(taken)
+        table = torch.full((len(self.spectra.keys), len(self.matrices)), torch.nan)
+        table[[self.spectra.keys.index(key) for key in stats]] = taken.cpu()
+        return table
 
 
 def metric_key(key: str) -> str:

@@ -61,15 +61,20 @@ def where_finite(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tens
 
 def normalize(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The matrix with its largest element scaled to one, and that scale with one dimension for what is computed."""
+    wide = as_wide(matrix, dtype)
+    scale = _largest_magnitude(wide)
+    return wide / torch.where(scale > 0, scale, 1.0)[..., None], scale
+
+
+def as_wide(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix, checked, in the wider of its own type and this one, where it can be computed with."""
     remedy = "Leave it out."
     expect(not matrix.is_complex(), "matrices", "real", matrix.dtype, remedy)
     expect(matrix.ndim >= 2, "matrices", "of shape (…, m, n)", tuple(matrix.shape), remedy)
     expect(matrix.numel() > 0, "matrices", "not empty", tuple(matrix.shape), remedy)
     if matrix.device.type == "mps":  # has neither float64 nor eigenvalues
         matrix = matrix.cpu()
-    wide = matrix.detach().to(torch.promote_types(matrix.dtype, dtype))
-    scale = _largest_magnitude(wide)
-    return wide / torch.where(scale > 0, scale, 1.0)[..., None], scale
+    return matrix.detach().to(torch.promote_types(matrix.dtype, dtype))
 
 
 def _largest_magnitude(matrix: Tensor) -> Tensor:

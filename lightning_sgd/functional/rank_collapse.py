@@ -55,7 +55,8 @@ def spectral_stats(
 
     All but the norms ignore the scale of the matrix. A zero matrix has 0 everywhere, one with NaN or Inf has NaN.
 
-    Cost: for short side m, about m²n + 4/3·m³ operations; with method ``"cheap"`` m²n, and with ``"sketch"`` mn·64.
+    Cost: for short side m, about m²n + 4/3·m³ operations; with method ``"cheap"`` m²n, or mn·120 where the
+    participation ratio is not asked for, and with ``"sketch"`` mn·64.
 
     Args:
         weight: Tensor of shape (…, m, n).

@@ -12,6 +12,9 @@ from lightning_sgd._validation import expect
 from lightning_sgd.functional.gram import GramQueue, eigenvalues, normalize, where_finite
 from lightning_sgd.functional.precision import full_precision
 
+SMALL_SIDE = 128
+"""Up to here all eigenvalues of a Gram matrix take no longer than the Lanczos method."""
+
 
 class SchattenNorms(NamedTuple):
     """Norms of the vector of singular values, which need no eigenvalue decomposition.
@@ -89,24 +92,41 @@ def _norms_of_grams(grams: Tensor, num_steps: int) -> Tensor:
 def _largest_eigenvalue(grams: Tensor, num_steps: int) -> Tensor:
     """By the Lanczos method with full orthogonalisation, from below."""
     size = grams.shape[-1]
-    if size <= 128:
+    if size <= SMALL_SIDE:
         return eigenvalues(grams)[..., -1]
-    generator = torch.Generator(grams.device).manual_seed(0)
-    start = torch.randn(size, 1, generator=generator, device=grams.device, dtype=grams.dtype)
-    basis = (start / start.norm()).expand(*grams.shape[:-1], 1)
+    start = start_direction(grams)[:, None]
+    basis = start.expand(*grams.shape[:-1], 1)
     for _ in range(min(num_steps, size) - 1):
-        basis = torch.cat([basis, _next_direction(grams, basis)], dim=-1)
+        image = grams @ basis[..., -1:]
+        basis = torch.cat([basis, next_direction(image, basis)], dim=-1)
     return eigenvalues(basis.mT @ grams @ basis)[..., -1]
 
 
-def _next_direction(grams: Tensor, basis: Tensor) -> Tensor:
-    """The last direction times the matrix, made orthogonal to the basis; zero once the basis is invariant."""
-    image = grams @ basis[..., -1:]
+def start_direction(like: Tensor) -> Tensor:
+    """A random vector of length one, always the same for the same size, type and device, of shape (size,).
+
+    Args:
+        like: Its second last dimension, type and device are taken.
+    """
+    generator = torch.Generator(like.device).manual_seed(0)
+    size = like.shape[-2]
+    start = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
+    direction: Tensor = start / torch.linalg.vector_norm(start)
+    return direction
+
+
+def next_direction(image: Tensor, basis: Tensor) -> Tensor:
+    """The last direction times the matrix, made orthogonal to the basis; zero once the basis is invariant.
+
+    Args:
+        image: The product, of shape (…, m, 1).
+        basis: The directions so far, of shape (…, m, k).
+    """
     rest = image
     for _ in range(2):
         rest = rest - basis @ (basis.mT @ rest)
     length = torch.linalg.vector_norm(rest, dim=-2, keepdim=True)
     noise = (
-        1e3 * torch.finfo(grams.dtype).eps * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
+        1e3 * torch.finfo(image.dtype).eps * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
     )
     return torch.where(length > noise, rest / length, 0.0)

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from lightning_sgd._validation import expect
 from lightning_sgd.functional import rank_measures
+from lightning_sgd.functional.lanczos import extreme_norms
 from lightning_sgd.functional.rank_measures import SpectralNorm, threshold_rank
 from lightning_sgd.functional.schatten import SchattenNorms, schatten_norms
 from lightning_sgd.functional.spectra import (
@@ -42,6 +43,8 @@ CHEAP: tuple[Measure, ...] = (
     "spectral_norm",
 )
 """The measures that need no eigenvalue decomposition."""
+CHEAPEST: tuple[Measure, ...] = ("stable_rank", "frobenius_norm", "spectral_norm")
+"""The measures that do not even need a Gram matrix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ class SpectralMeasures:
         limits: list[Tensor] = []
         watched = self._watch(matrices, limits)
         if self.method == "cheap":
-            norms = [torch.stack(norms) for norms in schatten_norms(watched)]
+            norms = [torch.stack(norms) for norms in self._norms(watched)]
             return self._from_norms(SchattenNorms(*_stack(norms, width=3).unbind(dim=-1)))
         spectra = _stack(self._singular_values(watched))
         return self._from_spectra(spectra, _stack(limits).squeeze(-1))
@@ -103,7 +106,12 @@ class SpectralMeasures:
     def of_batch(self, weight: Tensor) -> dict[str, Tensor]:
         """Values for each matrix of a batch, as ``spectral_stats``."""
         if self.method == "cheap":
-            return self._from_norms(schatten_norms([weight])[0])
+            matrices = weight.reshape(-1, *weight.shape[-2:])
+            norms = [torch.stack(norms) for norms in self._norms(matrices)]
+            shape = weight.shape[:-2]
+            return self._from_norms(
+                SchattenNorms(*(norm.reshape(shape) for norm in torch.stack(norms).unbind(dim=-1)))
+            )
         spectra = self._singular_values([weight])[0]
         return self._from_spectra(spectra, _rounding_limit(weight))
 
@@ -115,6 +123,10 @@ class SpectralMeasures:
             if "hard_rank" in self.measures:
                 limits.append(_rounding_limit(matrix))
             yield matrix
+
+    def _norms(self, matrices: Iterable[Tensor]) -> list[SchattenNorms]:
+        with_gram = not set(self.measures) <= set(CHEAPEST)
+        return schatten_norms(matrices) if with_gram else extreme_norms(matrices)
 
     def _singular_values(self, matrices: Iterable[Tensor]) -> list[Tensor]:
         assert self.method != "cheap"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from support.training import Regression, batches, trainer
 
 from lightning_sgd.callbacks._monitor import Monitor
@@ -44,10 +47,10 @@ def states():
 def test_random_states_are_kept_also_when_a_look_fails(tmp_path, monkeypatch, fails_at):
     seen, tick = [], Monitor._tick
 
-    def watched(self, *args):
+    def watched(self, *args, **kwargs):
         before = states()
         try:
-            tick(self, *args)
+            tick(self, *args, **kwargs)
         finally:
             seen.append(before == states())
 
@@ -83,3 +86,102 @@ def test_a_checkpoint_read_for_a_test_does_not_reach_into_the_next_fit(tmp_path)
     monitor.looks.clear()
     trainer(tmp_path, callbacks=[monitor], max_epochs=1).fit(module, batches())
     assert [step for step, _ in monitor.looks] == [0, 2, 4, 6, 7]
+
+
+class Clock(Callback):
+    """Makes every batch take one second, on a clock that stands still otherwise.
+
+    Args:
+        monkeypatch: Puts the clock in place.
+    """
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("lightning_sgd.callbacks._monitor.time.perf_counter", lambda: self.now)
+
+    def on_train_batch_start(self, *args):
+        self.now += 1.0
+
+
+class Slow(Monitor):
+    """A full look takes four eighths of a second, a glance one."""
+
+    def __init__(self, clock, max_overhead=1 / 8 / 0.8, can_glance=True):
+        super().__init__(1, None, max_overhead, full_every=10)
+        self.clock, self.looks, self.glances = clock, [], []
+        self.schedule.can_glance = can_glance
+
+    def look(self, trainer, pl_module):
+        self.clock.now += 4 / 8
+        self.looks.append(trainer.global_step)
+        return {"slow/all": 1.0, "slow/cheap": 1.0}
+
+    def glance(self, trainer, pl_module):
+        self.clock.now += 1 / 8
+        self.glances.append(trainer.global_step)
+        return {"slow/cheap": 1.0}
+
+    def announce(self, trainer, pl_module):
+        return "slow"
+
+    def conclude(self, trainer, pl_module):
+        return "slow"
+
+
+def fit(tmp_path, monitor, max_steps, **settings):
+    run = trainer(
+        tmp_path, callbacks=[monitor.clock, monitor], max_steps=max_steps, max_epochs=-1, **settings
+    )
+    run.fit(Regression(partial(torch.optim.SGD, lr=0.1)), batches())
+    return run
+
+
+def test_the_first_look_is_paid_back_before_the_next(tmp_path, monkeypatch, caplog):
+    # With one eighth of the time planned for looking: the numbers of the schedule's own test.
+    monitor = Slow(Clock(monkeypatch))
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, monitor, 25)
+    assert monitor.looks == [0, 14, 24]
+    assert monitor.glances == [4, 6, 7, 8, 10, 12, 15, 16, 18, 20, 22, 25]
+    assert monitor.state_dict()["seconds"] == 25.0
+    expected = "slow, every step, 500.0 ms for a full look, at most 15.6% of the time, which pays"
+    assert f"Slow: {expected} for the next look after 4 s; values go to no logger." in caplog.text
+
+
+def test_without_glances_only_full_looks_are_made(tmp_path, monkeypatch):
+    monitor = Slow(Clock(monkeypatch), can_glance=False)
+    fit(tmp_path, monitor, 25)
+    assert (monitor.looks, monitor.glances) == ([0, 8, 12, 16, 20, 24], [])
+
+
+def test_without_a_limit_every_look_is_full(tmp_path, monkeypatch):
+    monitor = Slow(Clock(monkeypatch), max_overhead=None)
+    fit(tmp_path, monitor, 9)
+    assert (monitor.looks, monitor.glances) == (list(range(10)), [])
+
+
+def test_the_last_look_is_full_if_there_is_enough_and_logs_only_what_is_new(tmp_path, monkeypatch):
+    # The glance after the last step says nothing of what the full look is made for.
+    logger = CSVLogger(tmp_path, name="", version="")
+    clock = Clock(monkeypatch)
+    monitor = Slow(clock, max_overhead=1.0)
+    fit(tmp_path, monitor, 5, logger=logger, log_every_n_steps=1)
+    assert (monitor.looks, monitor.glances) == ([0, 5], [1, 2, 3, 4, 5])
+    rows = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, deletechars="")
+    cheap = rows["step"][~np.isnan(rows["slow/cheap"])]
+    full = rows["step"][~np.isnan(rows["slow/all"])]
+    assert (cheap.tolist(), full.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 5])
+
+
+def test_what_has_been_spent_is_in_the_checkpoint(tmp_path, monkeypatch):
+    # Otherwise each restart would begin with an empty purse, or a full one.
+    clock = Clock(monkeypatch)
+    first = Slow(clock)
+    run = fit(tmp_path, first, 14)
+    run.save_checkpoint(tmp_path / "middle.ckpt")
+    second = Slow(clock)
+    run = trainer(tmp_path, callbacks=[clock, second], max_steps=25, max_epochs=-1)
+    module = Regression(partial(torch.optim.SGD, lr=0.1))
+    run.fit(module, batches(), ckpt_path=tmp_path / "middle.ckpt")
+    assert second.looks == [24]
+    assert second.glances == [15, 16, 18, 20, 22, 25]

@@ -67,10 +67,10 @@ def test_values_are_those_of_the_weights_at_that_step(tmp_path):
     trainer(tmp_path, logger=logger, callbacks=[monitor, weights], log_every_n_steps=1).fit(
         module, batches()
     )
-    assert monitor.times == [0, 3, 6, 9, 12, 14]
+    assert monitor.history.times == [0, 3, 6, 9, 12, 14]
     rows = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, deletechars="")
     assert [matrix.name for matrix in monitor.matrices] == ["net.0.weight", "net.2.weight"]
-    for index, time in enumerate(monitor.times):
+    for index, time in enumerate(monitor.history.times):
         expected = [by_numpy(weight) for weight in weights.copies[time]]
         for key in expected[0]:
             values = [values[key] for values in expected]
@@ -85,11 +85,11 @@ def test_by_default_it_looks_at_the_start_and_after_every_epoch(tmp_path):
     monitor = watch()
     run = trainer(tmp_path, callbacks=[monitor], max_epochs=3)
     run.fit(Wide(), batches())
-    assert monitor.times == [0, 7, 14, 21]
+    assert monitor.history.times == [0, 7, 14, 21]
     expected = by_numpy(run.lightning_module.net[0].weight)["rank/effective_rank"]
-    assert monitor.history[-1][monitor.spectra.keys.index("effective_rank"), 0] == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert monitor.history.tables[-1][
+        monitor.spectra.keys.index("effective_rank"), 0
+    ] == pytest.approx(expected, rel=1e-5)
 
 
 def test_values_can_be_monitored_by_other_callbacks(tmp_path):
@@ -98,28 +98,97 @@ def test_values_can_be_monitored_by_other_callbacks(tmp_path):
     assert {"rank/stable_rank", "rank/effective_rank", "rank/num_dead"} <= set(run.callback_metrics)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.1, 0.01])
-def test_the_interval_is_stretched_to_keep_the_share_of_time(tmp_path, monkeypatch, share):
-    # A clock on which a batch takes one second and a look takes half a second.
-    now = [0.0]
-    monkeypatch.setattr("lightning_sgd.callbacks._monitor.time.perf_counter", lambda: now[0])
+class SlowClock(Callback):
+    """A clock on which a batch takes one second, a full look half a second, and a glance an eighth."""
 
-    class Clock(Callback):
-        def on_train_batch_start(self, *args):
-            now[0] += 1.0
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("lightning_sgd.callbacks._monitor.time.perf_counter", lambda: self.now)
+        for name, seconds in (("look", 1 / 2), ("glance", 1 / 8)):
+            monkeypatch.setattr(RankMonitor, name, self.slow(getattr(RankMonitor, name), seconds))
 
-    look = RankMonitor.look
+    def slow(self, function, seconds):
+        def call(*args):
+            self.now += seconds
+            return function(*args)
 
-    def slow_look(self, *args):
-        now[0] += 0.5
-        return look(self, *args)
+        return call
 
-    monkeypatch.setattr(RankMonitor, "look", slow_look)
-    monitor = watch(every_n_steps=1, max_overhead=share)
-    trainer(tmp_path, callbacks=[Clock(), monitor], max_epochs=20).fit(Wide(), batches())
-    intervals = np.diff(monitor.times)[:-1]
-    assert set(intervals) <= {{1.0: 1, 0.1: 5, 0.01: 50}[share]}
-    assert len(intervals) > 0
+    def on_train_batch_start(self, *args):
+        self.now += 1.0
+
+
+def test_glances_go_on_between_full_looks(tmp_path, monkeypatch, caplog):
+    logger = CSVLogger(tmp_path, name="", version="")
+    clock, weights = SlowClock(monkeypatch), Weights()
+    monitor = watch(every_n_steps=1, max_overhead=1 / 8 / 0.8, tol=[0.01], log_bound=True)
+    run = trainer(
+        tmp_path,
+        logger=logger,
+        callbacks=[clock, monitor, weights],
+        max_steps=25,
+        max_epochs=-1,
+        log_every_n_steps=1,
+    )
+    with caplog.at_level(logging.INFO):
+        run.fit(Wide(), batches())
+    # By hand in the test of the schedule.
+    full = [0, 14, 24]
+    assert monitor.history.times == [0, 4, 6, 7, 8, 10, 12, 14, 15, 16, 18, 20, 22, 24, 25]
+    rows = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, deletechars="")
+    for key, times in (
+        ("rank/stable_rank", monitor.history.times),
+        ("rank/num_dead", monitor.history.times),
+        ("rank/bound_vacuous_0.1", monitor.history.times),
+        ("rank/effective_rank", full),
+        ("rank/rank_0.01", full),
+    ):
+        there = ~np.isnan(rows[key])
+        assert rows["step"][there].tolist() == times
+        if key in by_numpy(weights.copies[0][0]):
+            expected = [np.mean([by_numpy(w)[key] for w in weights.copies[t]]) for t in times]
+            np.testing.assert_allclose(rows[key][there], expected, rtol=1e-3)
+    assert (rows["rank/num_dead"][~np.isnan(rows["rank/num_dead"])] == 0).all()
+    assert "in full at most every 10 looks, else only stable_rank, with a bound" in caplog.text
+    assert "effective rank of 2 matrices went from" in caplog.text
+    assert "in 24 steps" in caplog.text
+    assert ", as of step 24 of 25: `max_overhead` allowed no closer look since." in caplog.text
+
+
+def test_where_only_the_first_look_is_full_the_end_is_about_the_stable_rank(
+    tmp_path, monkeypatch, caplog
+):
+    monitor = watch(every_n_steps=1, max_overhead=1 / 8 / 0.8, save_figure=True)
+    run = trainer(tmp_path, callbacks=[SlowClock(monkeypatch), monitor], max_steps=7, max_epochs=-1)
+    with caplog.at_level(logging.INFO):
+        run.fit(Wide(), batches())
+    assert monitor.history.full == [True, False, False, False]
+    assert "stable rank of 2 matrices went from" in caplog.text
+    assert "as of" not in caplog.text
+    assert (tmp_path / "rank_heat_map.png").exists()
+
+
+def test_a_training_too_short_for_a_second_look_says_so(tmp_path, monkeypatch, caplog):
+    monitor = watch(max_overhead=1 / 8 / 0.8, save_figure=True)
+    run = trainer(tmp_path, callbacks=[SlowClock(monkeypatch), monitor], max_steps=3, max_epochs=-1)
+    with caplog.at_level(logging.INFO):
+        run.fit(Wide(), batches())
+    assert monitor.history.times == [0]
+    assert "which pays for the next look after 4 s" in caplog.text
+    expected = (
+        "effective rank was measured once, as of step 0 of 3: `max_overhead` allowed no closer look"
+    )
+    assert f"RankMonitor: {expected} since." in caplog.text
+
+
+def test_measures_that_are_all_cheap_leave_nothing_to_glance_at():
+    assert not watch(measures=["stable_rank", "spectral_norm"]).schedule.can_glance
+    assert watch(measures=["stable_rank", "participation_ratio"]).schedule.can_glance
+
+
+def test_full_looks_cannot_be_every_zero():
+    with pytest.raises(ValueError, match="Expected `full_every_n_looks` to be at least 1, got 0"):
+        RankMonitor(full_every_n_looks=0)
 
 
 def test_a_matrix_that_shrinks_to_nothing_is_named_dead_and_left_out(tmp_path, caplog):
@@ -142,7 +211,7 @@ def test_a_matrix_that_shrinks_to_nothing_is_named_dead_and_left_out(tmp_path, c
 def test_two_ranks_share_the_work_and_agree(tmp_path):
     class Save(Callback):
         def on_train_end(self, trainer, pl_module):
-            table = trainer.callbacks[0].history[-1]
+            table = trainer.callbacks[0].history.tables[-1]
             torch.save(table, tmp_path / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
     for devices in (1, 2):
@@ -184,7 +253,9 @@ def test_the_bound_holds_for_the_real_schedule(tmp_path, make):
 
         def on_train_batch_end(self, trainer, pl_module, *args):
             monitor = trainer.callbacks[0]
-            norms = monitor.history[-1][monitor.spectra.keys.index("frobenius_norm")].tolist()
+            norms = monitor.history.tables[-1][
+                monitor.spectra.keys.index("frobenius_norm")
+            ].tolist()
             for index, weight in enumerate((pl_module.net[0].weight, pl_module.net[2].weight)):
                 pairs = monitor.bound.tails[index]
                 sigma = np.linalg.svd(weight.detach().numpy(), compute_uv=False)
@@ -296,7 +367,7 @@ def test_windows_hold_the_steps_and_norms_between_looks(tmp_path):
     run = trainer(tmp_path, callbacks=[buffers, monitor], max_epochs=1, limit_train_batches=6)
     run.fit(Scheduled(), batches())
     windows = monitor.bound.windows[0]
-    assert monitor.times == [0, 3, 6]
+    assert monitor.history.times == [0, 3, 6]
     assert [window.num_samples for window in windows] == [24, 24]
     assert windows[0].buffer_norm == 0.0
     assert windows[1].buffer_norm == pytest.approx(buffers.norms[3], rel=1e-5)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_sgd.functional.rank_history import describe_falls, find_fall, mean_of_the_living
+from lightning_sgd.functional.rank_history import (
+    RankHistory,
+    describe_falls,
+    find_fall,
+    mean_of_the_living,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,48 @@ def test_the_line_when_nothing_happened_and_when_all_are_dead():
     line = describe_falls("effective rank", ["a"], [0, 5], values, one)
     assert line.endswith("in 5 steps; none fell by more than 1 %")
     assert describe_falls("effective rank", ["a"], [0, 5], values, ~one) == "dead: a"
+
+
+NAN = float("nan")
+
+
+def history(*entries):
+    """Of one matrix: step, norm, stable and effective rank."""
+    made = RankHistory(
+        keys=("frobenius_norm", "stable_rank", "effective_rank"),
+        cheap=("frobenius_norm", "stable_rank"),
+    )
+    for step, norm, stable, effective in entries:
+        table = torch.tensor([[norm], [stable], [effective]])
+        made.add(step, table, full=effective == effective)
+    return made
+
+
+def test_the_line_is_about_full_looks_where_there_are_two():
+    made = history((0, 1.0, 4.0, 8.0), (5, 1.0, 3.0, NAN), (9, 1.0, 2.0, 6.0), (12, 1.0, 2.0, NAN))
+    assert made.headline().times == [0, 9]
+    expected = "effective rank of 1 matrices went from 8.0 to 6.0 in 9 steps"
+    assert made.describe(["a"], 9).startswith(expected)
+    assert made.describe(["a"], 12).endswith(
+        "half of it by step 9, as of step 9 of 12: `max_overhead` allowed no closer look since"
+    )
+
+
+def test_the_line_is_about_the_stable_rank_where_only_that_has_a_history():
+    made = history((0, 1.0, 4.0, 8.0), (5, 1.0, 3.0, NAN))
+    expected = "stable rank of 1 matrices went from 4.0 to 3.0 in 5 steps"
+    assert made.describe(["a"], 5).startswith(expected)
+
+
+def test_a_matrix_that_is_not_finite_at_a_cheap_look_is_dead():
+    made = history((0, 1.0, 4.0, 8.0), (5, NAN, NAN, NAN))
+    assert made.describe(["a"], 5) == "dead: a"
+    assert made.alive(made.tables[0]).tolist() == [True]
+
+
+def test_all_measures_take_the_place_of_the_cheap_ones_at_the_same_step():
+    made = history((0, 1.0, 4.0, 8.0), (5, 1.0, 3.0, NAN))
+    assert made.add(5, torch.tensor([[1.0], [3.0], [6.0]]), full=True)
+    assert (made.times, made.full) == ([0, 5], [True, True])
+    assert made.add(5, torch.tensor([[1.0], [3.0], [NAN]]), full=False)
+    assert made.headline().values.flatten().tolist() == [8.0, 6.0]
