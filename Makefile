@@ -25,9 +25,9 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.run ## Train on real data with MaSS, watch the ranks, show the result
-	$(BIN)/lightning-sgd fit --config examples/mass.yaml --trainer.callbacks+=RankMonitor --test_after_fit true
-	$(BIN)/lightning-sgd report runs/mass
+demo: $(VENV)/.run ## Train on real data, on 2 ranks with Local SGD, watch the ranks of the weights, show the result
+	$(BIN)/lightning-sgd fit --config examples/local_sgd.yaml --trainer.callbacks+=RankMonitor --test_after_fit true
+	$(BIN)/lightning-sgd report runs/local_sgd
 
 test: $(VENV)/.dev ## Run every test
 	$(BIN)/python -m pytest
@@ -48,6 +48,7 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/rank.py
 	$(BIN)/python benchmarks/monitors.py
+	$(BIN)/python benchmarks/local_sgd.py
 
 build: $(VENV)/.dev ## Build sdist and wheel into dist/
 	$(BIN)/python -m build

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sgd._validation import expect, warn_no_effect
-from lightning_sgd.functional.traffic import Traffic
+from lightning_sgd.functional.traffic import Traffic, all_reduce_traffic
 from lightning_sgd.strategies import _checkpoints as checkpoints
 from lightning_sgd.strategies._consensus import BufferPolicy, Consensus, OptimizerStatePolicy
 from lightning_sgd.strategies._exchange import Exchange
@@ -383,7 +383,12 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         if self.exchange is None:
             return f"{steps} steps, nothing to exchange."
         traffic = self.exchange.traffic
+        gradients = sum(
+            replica.num_steps * all_reduce_traffic(replica.flat.num_bytes, self.num_ranks)[0]
+            for replica in self.replicas
+        )
         return (
-            f"{steps} steps, {traffic.num_bytes / 1e6:.3g} MB sent per rank in {traffic.num_messages} messages, "
-            f"waited {traffic.seconds:.2f} s for the other ranks."
+            f"{steps} steps, {traffic.num_bytes / 1e6:.3g} MB sent per rank in {traffic.num_messages} messages "
+            f"({gradients / 1e6:.3g} MB if gradients were exchanged in every step), waited {traffic.seconds:.2f} s for "
+            "the other ranks."
         )

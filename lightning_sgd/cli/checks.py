@@ -47,10 +47,13 @@ def about_strategy(strategy: str, given: Setting | None = None) -> str:
         "unknown strategy 'dpd': did you mean 'ddp'?"
     """
     where = f" at '{given.spell(given.path)}' in {given.source}" if given and given.source else ""
-    names, classes = _strategy_names(), [cls.__name__ for cls in known_classes(Strategy)]
+    classes = [cls.__name__ for cls in known_classes(Strategy)]
+    aliases = tuple(name.lower() for name in classes)
+    names = [name for name in _strategy_names() if not name.startswith(aliases)]
     if strategy.rpartition(".")[2] in classes:
         return f"strategy '{strategy}'{where} is a class: give it as {_as_class(strategy, given)}"
-    guess = nearest(strategy, names) or nearest(strategy, classes)
+    first, second = (names, classes) if strategy.islower() else (classes, names)
+    guess = nearest(strategy, first) or nearest(strategy, second)
     if guess is None:
         main_names = ", ".join(name for name in names if "_" not in name)
         return f"unknown strategy '{strategy}'{where}: see `lightning-sgd list`; Lightning has {main_names}"

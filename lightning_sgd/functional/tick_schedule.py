@@ -28,7 +28,8 @@ class TickSchedule:
     - else a glance, which takes what is cheap, if there is enough and glances have used up at most half of the budget,
     - else nothing.
 
-    The first look is always full. Without a limit there is a full look at every tick.
+    The first look is always full; where it was quick, the second one is tried without an estimate. Without a limit
+    there is a full look at every tick.
 
     Attributes:
         every: Interval, in steps or epochs.
@@ -148,7 +149,10 @@ class TickSchedule:
         """Training time after which there is enough for a full look."""
         if self.max_overhead is None:
             return 0.0
-        return (self.spent + self.look_cost) / (PLANNED * self.max_overhead)
+        # A quick first look is mostly what happens once: libraries that load, memory that is allocated.
+        knows_only_the_first = self.last_full == self.begin and self.look_cost <= QUICK
+        estimate = 0.0 if knows_only_the_first else self.look_cost
+        return (self.spent + estimate) / (PLANNED * self.max_overhead)
 
     def _seconds_for_glance(self) -> float:
         """Training time after which there is enough for a glance, and half of it left to full looks."""

@@ -85,6 +85,11 @@ ON_THE_COMMAND_LINE = {
     "--trainer.strategy DDPStrateg": (
         "unknown strategy 'DDPStrateg': did you mean '--trainer.strategy.class_path=DDPStrategy'?"
     ),
+    "--trainer.strategy LocalSGDStrateg": (
+        "unknown strategy 'LocalSGDStrateg': "
+        "did you mean '--trainer.strategy.class_path=LocalSGDStrategy'?"
+    ),
+    "--trainer.strategy localsgd": "unknown strategy 'localsgd': did you mean 'local_sgd'?",
     "--trainer.strategy ddp --trainer.strategy.start_method fork": (
         "strategy 'ddp' takes no arguments: give them with its class, 'DDPStrategy'"
     ),

@@ -128,3 +128,23 @@ def test_the_state_brings_back_everything_but_the_settings():
 def test_impossible_schedules_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TickSchedule(**settings)
+
+
+def test_a_quick_first_look_is_no_estimate_of_the_next():
+    # It is slow because libraries load; by its cost alone, a short training would never be looked at again.
+    schedule = TickSchedule(every=1, max_overhead=0.01)
+    schedule.record("look", now=0, cost=0.02)
+    assert schedule.choose(now=1, seconds=2.49) is None  # 0.02 s are paid for after 2.5 s
+    assert schedule.choose(now=2, seconds=2.5) == "look"
+    schedule.record("look", now=2, cost=0.02)
+    assert (
+        schedule.choose(now=3, seconds=7.49) is None
+    )  # now the next one is expected to cost as much
+    assert schedule.choose(now=4, seconds=7.5) == "look"
+
+
+def test_a_slow_first_look_is_an_estimate_of_the_next():
+    schedule = TickSchedule(every=1, max_overhead=0.01)
+    schedule.record("look", now=0, cost=0.2)
+    assert schedule.choose(now=1, seconds=49.0) is None
+    assert schedule.choose(now=2, seconds=50.0) == "look"

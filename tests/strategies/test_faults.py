@@ -125,10 +125,16 @@ def test_a_rank_that_stands_still_within_the_timeout_is_waited_for(make, tmp_pat
     assert waited > 1.5
 
 
+def bury(processes):
+    """Kill the stopped rank when the other one has ended."""
+    processes[0].join(30)
+    os.kill(processes[1].pid, signal.SIGKILL)
+
+
 @pytest.mark.compatible("a rank that stands still for seconds")
 def test_a_rank_that_stands_still_for_longer_is_given_up(make, tmp_path):
     work = train(make, tmp_path, Failing(stopped), timeout=3, max_epochs=2)
-    outcomes = run_as_torchrun(work, 2, tmp_path, seconds=20)
+    outcomes = run_as_torchrun(work, 2, tmp_path, meanwhile=bury)
     assert "Rank 1 does not answer: killed, stopped, or out of reach." in outcomes[0].error
     assert outcomes[0].exit_code == 1
 
