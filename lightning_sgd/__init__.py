@@ -12,6 +12,7 @@ from lightning_sgd.data.digits import DigitsDataModule
 from lightning_sgd.data.effective_batch import effective_batch_size
 from lightning_sgd.data.resumable import ResumableDataLoader
 from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
+from lightning_sgd.functional.hogwild import diminishing_bound
 from lightning_sgd.functional.mass_theory import (
     MaSSHyperParameters,
     batch_size_regime,
@@ -20,6 +21,7 @@ from lightning_sgd.functional.mass_theory import (
 )
 from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
+from lightning_sgd.lr_schedulers import DiminishingLR
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import MaSS
@@ -30,6 +32,7 @@ __all__ = [
     "ConditionNumbers",
     "DigitsClassifier",
     "DigitsDataModule",
+    "DiminishingLR",
     "MaSS",
     "MaSSHyperParameters",
     "NoEffectWarning",
@@ -40,6 +43,7 @@ __all__ = [
     "WeightRank",
     "batch_size_regime",
     "critical_batch_sizes",
+    "diminishing_bound",
     "effective_batch_size",
     "estimate_condition_numbers",
     "mass_hyperparameters",

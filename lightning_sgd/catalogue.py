@@ -172,6 +172,23 @@ CATALOGUE: tuple[Method, ...] = (
         ),
         helpers=("WeightRank", "RankMe", "spectral_stats"),
     ),
+    Method(
+        key="hogwild",
+        title="Hogwild!",
+        summary="Step sizes that fall like 1/t, with proofs for SGD alone and for delayed lock-free updates.",
+        use_when="SGD at a constant step size stops at a noise floor, or several processes update with delays.",
+        paper=Paper(
+            title="SGD and Hogwild! Convergence Without the Bounded Gradients Assumption",
+            authors="Lam M. Nguyen, Phuong Ha Nguyen, Marten van Dijk, Peter Richtárik, Katya Scheinberg, Martin Takáč",
+            venue="ICML",
+            year=2018,
+            url="https://arxiv.org/abs/1802.03801",
+        ),
+        plugins=(
+            Plugin(name="DiminishingLR", kind="lr_scheduler", settings={"mu": 0.5, "L": 1.0}),
+        ),
+        helpers=("diminishing_bound",),
+    ),
 )
 
 

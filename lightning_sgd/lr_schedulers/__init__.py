@@ -1,1 +1,5 @@
 """Learning-rate schedules, one per file."""
+
+from lightning_sgd.lr_schedulers.diminishing import DiminishingLR
+
+__all__ = ["DiminishingLR"]
