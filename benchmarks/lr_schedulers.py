@@ -18,7 +18,7 @@ from rich.table import Table
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
-from lightning_sgd import DiminishingLR
+from lightning_sgd import BiasedSGDLR, BiasedSGDProblem, DiminishingLR
 
 BASELINE = "LambdaLR"
 CANDIDATES: dict[str, Callable[[Optimizer], LRScheduler]] = {
@@ -27,6 +27,16 @@ CANDIDATES: dict[str, Callable[[Optimizer], LRScheduler]] = {
     "DiminishingLR, smooth": partial(DiminishingLR, mu=0.01, L=1.0),
     "DiminishingLR, doubling": partial(
         DiminishingLR, mu=0.01, L=1.0, form="doubling", theorem="hogwild"
+    ),
+    "BiasedSGDLR, closed form": partial(
+        BiasedSGDLR, problem=BiasedSGDProblem(m=0.01, L=1.0, G2=0.1), U0=1.0, delta=0.001
+    ),
+    "BiasedSGDLR, searching": partial(
+        BiasedSGDLR,
+        problem=BiasedSGDProblem(m=0.001, L=10.0, G2=1.0),
+        U0=1e9,
+        delta=0.005,
+        max_lr=1.0,
     ),
 }
 

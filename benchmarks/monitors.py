@@ -25,7 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sgd import DigitsClassifier, DigitsDataModule, MaSS, RankMonitor
+from lightning_sgd import (
+    DigitsClassifier,
+    DigitsDataModule,
+    GradientErrorMonitor,
+    MaSS,
+    RankMonitor,
+)
 
 HOOKS = (
     "on_fit_start",
@@ -37,6 +43,8 @@ HOOKS = (
 MONITORS: dict[str, Callable[[], Callback]] = {
     "RankMonitor": lambda: RankMonitor(save_figure=False),
     "RankMonitor, with bound": lambda: RankMonitor(save_figure=False, log_bound=True),
+    "GradientErrorMonitor, bf16": GradientErrorMonitor,
+    "GradientErrorMonitor, topk": lambda: GradientErrorMonitor("topk"),
 }
 
 
@@ -105,6 +113,7 @@ def measure(job: str, name: str, module: LightningModule, epochs: int, data: Any
     spent = [0.0]
     for hook in HOOKS:
         setattr(monitor, hook, timed(getattr(monitor, hook), spent))
+    looks = count_calls(monitor, "look")
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -117,8 +126,21 @@ def measure(job: str, name: str, module: LightningModule, epochs: int, data: Any
     start = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - start
-    looks = len(monitor.times)
-    return Result(job, name, seconds, looks, 1e3 * spent[0] / looks, spent[0] / seconds)
+    num = len(looks)
+    return Result(job, name, seconds, num, 1e3 * spent[0] / num, spent[0] / seconds)
+
+
+def count_calls(monitor: Callback, method: str) -> list[None]:
+    """A list that grows by one at every call of a method."""
+    calls: list[None] = []
+    original = getattr(monitor, method)
+
+    def call(*args: object, **kwargs: object) -> object:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    setattr(monitor, method, call)
+    return calls
 
 
 def timed(function: Callable[..., None], spent: list[float]) -> Callable[..., None]:
