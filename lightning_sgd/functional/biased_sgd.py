@@ -54,7 +54,7 @@ LARGEST_EXCESS = 1e12
 """Where only the error moves the parameters, s would have to be infinite."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BiasedSGDProblem:
     r"""What is known about an objective, a mean of functions :math:`f_i`, one of which makes a step.
 
@@ -73,7 +73,7 @@ class BiasedSGDProblem:
         m: Strong convexity of the mean; weight decay is a safe value for convex losses.
         L: Smoothness of each function, decay included; not used by ``shifted``.
         assumption: What each function is.
-        G2: Mean squared norm of a function's gradient at the optimum.
+        G2: Mean squared norm of a function's gradient at the optimum; 0 only if every function is minimal there.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -86,7 +86,7 @@ class BiasedSGDProblem:
     m: float
     L: float | None = None
     assumption: Assumption = "strongly_convex"
-    G2: float = 0.0
+    G2: float
 
     def __post_init__(self) -> None:
         expect(

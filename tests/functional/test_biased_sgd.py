@@ -361,7 +361,13 @@ def test_a_bound_that_explodes_ends_in_infinity_and_not_in_an_error():
 )
 def test_impossible_problems_are_refused(settings, argument):
     with pytest.raises(ValueError, match=f"Expected `{argument}` to be"):
-        BiasedSGDProblem(**settings)
+        BiasedSGDProblem(**{"G2": 1.0, **settings})
+
+
+def test_the_noise_must_be_given():
+    # Without noise every bound is far too good; that must not happen by forgetting it.
+    with pytest.raises(TypeError, match="G2"):
+        BiasedSGDProblem(m=1.0, L=2.0)
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])

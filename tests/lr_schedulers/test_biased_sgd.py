@@ -49,7 +49,8 @@ def by_numpy(problem, U, delta, c, num_steps, max_lr):
 
 
 @pytest.mark.parametrize(
-    ("problem", "max_lr"), [(SHIFTED, 0.5), (BiasedSGDProblem(1.0, 3.0, "smooth", 1.0), 1 / 18)]
+    ("problem", "max_lr"),
+    [(SHIFTED, 0.5), (BiasedSGDProblem(m=1.0, L=3.0, assumption="smooth", G2=1.0), 1 / 18)],
 )
 def test_steps_and_bounds_are_those_of_the_formulas(problem, max_lr):
     # The default limit is 1/(2·M21), or m/M̃ where M21 is zero.
