@@ -49,6 +49,7 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/rank.py
 	$(BIN)/python benchmarks/monitors.py
 	$(BIN)/python benchmarks/local_sgd.py
+	$(BIN)/python benchmarks/lr_schedulers.py
 
 build: $(VENV)/.dev ## Build sdist and wheel into dist/
 	$(BIN)/python -m build

@@ -20,12 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sgd import DigitsClassifier, DigitsDataModule, MaSS, RankMonitor
+from lightning_sgd import (
+    DigitsClassifier,
+    DigitsDataModule,
+    GradientErrorMonitor,
+    MaSS,
+    RankMonitor,
+)
 
 HOOKS = (
     "on_fit_start",
@@ -35,9 +41,11 @@ HOOKS = (
     "on_train_epoch_end",
     "on_train_end",
 )
-MONITORS: dict[str, Callable[[], RankMonitor]] = {
+MONITORS: dict[str, Callable[[], Callback]] = {
     "RankMonitor": lambda: RankMonitor(save_figure=False),
     "RankMonitor, with bound": lambda: RankMonitor(save_figure=False, log_bound=True),
+    "GradientErrorMonitor, bf16": GradientErrorMonitor,
+    "GradientErrorMonitor, topk": lambda: GradientErrorMonitor("topk"),
 }
 
 
@@ -108,6 +116,8 @@ def measure(job: str, name: str, module: LightningModule, epochs: int, data: Any
     spent = [0.0]
     for hook in HOOKS:
         setattr(monitor, hook, timed(getattr(monitor, hook), spent))
+    looks = count_calls(monitor, "look")
+    glances = count_calls(monitor, "glance")
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -120,9 +130,21 @@ def measure(job: str, name: str, module: LightningModule, epochs: int, data: Any
     start = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - start
-    looks = len(monitor.history.times)
-    per_look, share = 1e3 * spent[0] / looks, spent[0] / seconds
-    return Result(job, name, seconds, looks, sum(monitor.history.full), per_look, share)
+    num, share = len(looks) + len(glances), spent[0] / seconds
+    return Result(job, name, seconds, num, len(looks), 1e3 * spent[0] / num, share)
+
+
+def count_calls(monitor: Callback, method: str) -> list[None]:
+    """A list that grows by one at every call of a method."""
+    calls: list[None] = []
+    original = getattr(monitor, method)
+
+    def call(*args: object, **kwargs: object) -> object:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    setattr(monitor, method, call)
+    return calls
 
 
 def timed(function: Callable[..., None], spent: list[float]) -> Callable[..., None]:

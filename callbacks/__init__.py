@@ -1,5 +1,6 @@
 """Lightning callbacks, one per file; hooks only, the arithmetic is in ``functional``."""
 
+from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor
 from lightning_sgd.callbacks.rank_monitor import RankMonitor
 
-__all__ = ["RankMonitor"]
+__all__ = ["GradientErrorMonitor", "RankMonitor"]

@@ -47,8 +47,12 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(Any|DataLoader|Dataset|LightningModule|Optimizer|ParamsT|T_co|Tensor|Trainer|optional)",
     ),
-    (r"py:.*", r"(Measure|SpectralNorm|StatsMethod|_AX_TYPE|_PLOT_OUT_TYPE|timedelta)"),
     (r"py:.*", r"(BufferPolicy|OptimizerStatePolicy|InitialWeights|StartMethod)"),
+    (
+        r"py:.*",
+        r"(Measure|SpectralNorm|StatsMethod|StepForm|Theorem|Assumption|Branch|Compressor|CompressorName|SupportsErrorModel|_AX_TYPE|_PLOT_OUT_TYPE|timedelta)",
+    ),
+    (r"py:.*", r"lightning_sgd\.functional\.hogwild\.DiminishingSteps"),
 ]
 
 

@@ -7,11 +7,25 @@ already imported, and ``lightning_sgd.MaSS`` is the spelling that ``--print_conf
 from importlib.metadata import version
 
 from lightning_sgd._validation import NoEffectWarning, OutsideIntendedUseWarning
-from lightning_sgd.callbacks import RankMonitor
+from lightning_sgd.callbacks import GradientErrorMonitor, RankMonitor
 from lightning_sgd.data.digits import DigitsDataModule
 from lightning_sgd.data.effective_batch import effective_batch_size
 from lightning_sgd.data.resumable import ResumableDataLoader
+from lightning_sgd.functional.biased_sgd import (
+    BiasedSGDProblem,
+    StepBound,
+    biased_sgd_step_bound,
+)
+from lightning_sgd.functional.biased_sgd_plan import (
+    biased_sgd_bound,
+    biased_sgd_floor,
+    max_relative_error,
+    optimal_step,
+)
+from lightning_sgd.functional.biased_sgd_sdp import biased_sgd_sdp
 from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
+from lightning_sgd.functional.gradient_error import fit_error_model
+from lightning_sgd.functional.hogwild import diminishing_bound
 from lightning_sgd.functional.mass_theory import (
     MaSSHyperParameters,
     batch_size_regime,
@@ -20,6 +34,7 @@ from lightning_sgd.functional.mass_theory import (
 )
 from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
+from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import MaSS
@@ -28,9 +43,13 @@ from lightning_sgd.strategies import LocalSGDStrategy
 __version__ = version("lightning-sgd")
 
 __all__ = [
+    "BiasedSGDLR",
+    "BiasedSGDProblem",
     "ConditionNumbers",
     "DigitsClassifier",
     "DigitsDataModule",
+    "DiminishingLR",
+    "GradientErrorMonitor",
     "LocalSGDStrategy",
     "MaSS",
     "MaSSHyperParameters",
@@ -39,12 +58,21 @@ __all__ = [
     "RankMe",
     "RankMonitor",
     "ResumableDataLoader",
+    "StepBound",
     "WeightRank",
     "batch_size_regime",
+    "biased_sgd_bound",
+    "biased_sgd_floor",
+    "biased_sgd_sdp",
+    "biased_sgd_step_bound",
     "critical_batch_sizes",
+    "diminishing_bound",
     "effective_batch_size",
     "estimate_condition_numbers",
+    "fit_error_model",
     "mass_hyperparameters",
+    "max_relative_error",
+    "optimal_step",
     "partition_by_label",
     "spectral_stats",
 ]

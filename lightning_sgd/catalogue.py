@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
+from lightning_sgd.functional.biased_sgd import BiasedSGDProblem
+
 Kind: TypeAlias = Literal["optimizer", "lr_scheduler", "callback", "strategy", "model", "data"]
 
 FOLDERS: Mapping[Kind, str] = MappingProxyType(
@@ -112,6 +114,8 @@ class Method:
         return tuple(dict.fromkeys(f"tests/{folder}/test_{self.key}.py" for folder in folders))
 
 
+_PROBLEM = BiasedSGDProblem(m=0.5, L=1.0, G2=0.1)
+
 CATALOGUE: tuple[Method, ...] = (
     Method(
         key="mass",
@@ -195,6 +199,71 @@ CATALOGUE: tuple[Method, ...] = (
                     "comm/blocked_seconds_per_step",
                 ),
             ),
+        ),
+    ),
+    Method(
+        key="hogwild",
+        title="Hogwild!",
+        summary="Step sizes that fall like 1/t, with proofs for SGD alone and for delayed lock-free updates.",
+        use_when="SGD at a constant step size stops at a noise floor, or several processes update with delays.",
+        paper=Paper(
+            title="SGD and Hogwild! Convergence Without the Bounded Gradients Assumption",
+            authors="Lam M. Nguyen, Phuong Ha Nguyen, Marten van Dijk, Peter Richtárik, Katya Scheinberg, Martin Takáč",
+            venue="ICML",
+            year=2018,
+            url="https://arxiv.org/abs/1802.03801",
+        ),
+        plugins=(
+            Plugin(name="DiminishingLR", kind="lr_scheduler", settings={"mu": 0.5, "L": 1.0}),
+        ),
+        helpers=("diminishing_bound",),
+    ),
+    Method(
+        key="biased_sgd",
+        title="Biased SGD",
+        summary="Plans step sizes for gradients with an error, and says how much error a training bears.",
+        use_when="Gradients are compressed, rounded or inexact, and you want a step size and a budget for the error.",
+        paper=Paper(
+            title="Analysis of Biased Stochastic Gradient Descent Using Sequential Semidefinite Programs",
+            authors="Bin Hu, Peter Seiler, Laurent Lessard",
+            venue="Mathematical Programming",
+            year=2021,
+            url="https://arxiv.org/abs/1711.00987",
+        ),
+        plugins=(
+            Plugin(
+                name="BiasedSGDLR",
+                kind="lr_scheduler",
+                settings={"problem": _PROBLEM, "U0": 1.0, "delta": 0.01, "c": 0.01},
+            ),
+            Plugin(
+                name="GradientErrorMonitor",
+                kind="callback",
+                settings={
+                    "compressor": "int8",
+                    "problem": _PROBLEM,
+                    "every_n_steps": 1,
+                    "max_overhead": 1.0,
+                },
+                metric_keys=(
+                    "gradient_error/relative",
+                    "gradient_error/cosine",
+                    "gradient_error/delta",
+                    "gradient_error/c",
+                    "gradient_error/floor",
+                ),
+            ),
+        ),
+        helpers=(
+            "BiasedSGDProblem",
+            "StepBound",
+            "biased_sgd_bound",
+            "biased_sgd_floor",
+            "biased_sgd_sdp",
+            "biased_sgd_step_bound",
+            "fit_error_model",
+            "max_relative_error",
+            "optimal_step",
         ),
     ),
 )

@@ -1,0 +1,199 @@
+"""Measures what compressing the gradients would cost, while they are still exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_sgd._validation import expect
+from lightning_sgd.callbacks._monitor import Monitor
+from lightning_sgd.functional.biased_sgd import BiasedSGDProblem
+from lightning_sgd.functional.biased_sgd_plan import biased_sgd_floor
+from lightning_sgd.functional.gradient_error import (
+    CompressorName,
+    compression_sums,
+    cosine,
+    fit_error_model,
+    relative_error,
+)
+from lightning_sgd.functional.gradient_error import (
+    compressor as find_compressor,
+)
+
+
+class GradientErrorMonitor(Monitor):
+    r"""Logs the error that a compressor makes on the gradients of this training, and the error model that covers it.
+
+    After a step, the gradient :math:`u` that made it, reduced over ranks, accumulated, unscaled and clipped, is
+    compressed, and with :math:`e = C(u) - u` are logged
+
+    - ``gradient_error/relative``: ‖e‖/‖u‖,
+    - ``gradient_error/cosine`` of the angle between u and C(u),
+    - ``gradient_error/delta`` and ``gradient_error/c``: a model ‖e‖² ≤ δ²‖u‖² + c² of the last measurements,
+    - ``gradient_error/floor``, with ``problem``: the squared distance below which no step is certain to lead.
+
+    Every parameter's gradient is compressed on its own. The gradients that training uses stay as they are: the monitor
+    says whether one could compress, and what :class:`~lightning_sgd.BiasedSGDLR` should reckon with. At the first look
+    there is no gradient yet and nothing is logged, nor in manual optimization that zeroes gradients right after a step.
+
+    Cost: one copy of the largest gradient and a few passes over all of them; one all-reduce of three numbers. Training
+    is not changed, to the last bit.
+
+    Args:
+        compressor: ``bf16``, ``int8``, ``int4``, ``sign`` (times mean magnitude), ``topk``, or a function that returns
+            the compressed gradient of one parameter.
+        topk_fraction: Share of the numbers that ``topk`` keeps.
+        problem: What is known about the objective; for the floor, and for the best trade of δ against c.
+        quantile: Share of the last measurements that the model must cover.
+        window: Number of last measurements that the model must cover.
+        every_n_steps: Look after so many optimizer steps; by default after every 50.
+        every_n_epochs: Look after so many epochs; instead of ``every_n_steps``.
+        max_overhead: Largest share of the training time for looking, which the interval is stretched to keep; null
+            never stretches it.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[GradientErrorMonitor("int8")], logger=False)
+
+    Reference:
+        Bin Hu, Peter Seiler, Laurent Lessard. Analysis of Biased Stochastic Gradient Descent Using Sequential
+        Semidefinite Programs. Mathematical Programming 187, 2021.
+    """
+
+    def __init__(
+        self,
+        compressor: CompressorName | Callable[[Tensor], Tensor] = "bf16",
+        topk_fraction: float = 0.01,
+        problem: BiasedSGDProblem | None = None,
+        quantile: float = 1.0,
+        window: int = 100,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        max_overhead: float | None = 0.01,
+    ) -> None:
+        steps = 50 if every_n_steps is None and every_n_epochs is None else every_n_steps
+        super().__init__(steps, every_n_epochs, max_overhead)
+        expect(0 < quantile <= 1, "quantile", "in (0, 1]", quantile, "Use 1 to cover all.")
+        expect(window >= 1, "window", "at least 1", window, "Try 100.")
+        if not callable(compressor):
+            find_compressor(compressor, topk_fraction)
+        self.compressor, self.topk_fraction = compressor, topk_fraction
+        self.problem, self.quantile, self.window = problem, quantile, window
+        self._interval = (steps, every_n_epochs)
+        self.grad_sq: list[float] = []
+        self.err_sq: list[float] = []
+        self.last_cosine, self.num_overflows = 1.0, 0
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances with different settings apart in a checkpoint."""
+        return self._generate_state_key(
+            compressor=self._name, topk_fraction=self.topk_fraction, interval=list(self._interval)
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier training; then look for the first time."""
+        if trainer.global_step == 0:
+            self._forget()
+        super().on_train_start(trainer, pl_module)
+
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
+        """Compress copies of the gradients, and fit the model."""
+        compress = self.compressor
+        if not callable(compress):
+            compress = find_compressor(compress, self.topk_fraction)
+        sums = _mean_over_ranks(trainer, compression_sums(_gradients(pl_module), compress))
+        if sums[0] == 0:
+            return {}
+        if not all(map(math.isfinite, sums)):
+            self.num_overflows += 1
+            return {}
+        self.grad_sq = [*self.grad_sq, sums[0]][-self.window :]
+        self.err_sq = [*self.err_sq, sums[1]][-self.window :]
+        self.last_cosine = cosine(sums)
+        values = {"relative": relative_error(sums), "cosine": self.last_cosine, **self._model()}
+        return {f"gradient_error/{name}": value for name, value in values.items()}
+
+    def error_model(self) -> tuple[float, float] | None:
+        """The pair (δ, c) that covers the last measurements; ``None`` before the first."""
+        if not self.grad_sq:
+            return None
+        return fit_error_model(self.grad_sq, self.err_sq, self.problem, self.quantile)
+
+    def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Which compressor, on how much."""
+        num = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        return f"error of {self._name} on the gradients of {num} parameters"
+
+    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """The model, and what follows from it."""
+        model = self.error_model()
+        overflows = f" {self.num_overflows} gradients had overflowed." if self.num_overflows else ""
+        if model is None:
+            return f"no gradient was there to look at.{overflows}"
+        found = (
+            f"{self._name} leaves a relative error of {model[0]:.4g} and an absolute error of {model[1]:.4g} on the "
+            f"last {len(self.grad_sq)} gradients looked at, cosine {self.last_cosine:.6f} on the last one.{overflows}"
+        )
+        if self.problem is None:
+            return found
+        floor = biased_sgd_floor(self.problem, *model)
+        return f"{found} Plain SGD is certain to come to a squared distance of {floor:.4g}."
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last measurements, and when to look next."""
+        return {
+            **super().state_dict(),
+            "grad_sq": list(self.grad_sq),
+            "err_sq": list(self.err_sq),
+            "last_cosine": self.last_cosine,
+            "num_overflows": self.num_overflows,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the last measurements."""
+        super().load_state_dict(state_dict)
+        self.grad_sq, self.err_sq = list(state_dict["grad_sq"]), list(state_dict["err_sq"])
+        self.last_cosine = state_dict["last_cosine"]
+        self.num_overflows = state_dict["num_overflows"]
+
+    @property
+    def _name(self) -> str:
+        if not callable(self.compressor):
+            return str(self.compressor)
+        return getattr(self.compressor, "__qualname__", type(self.compressor).__qualname__)
+
+    def _forget(self) -> None:
+        self.grad_sq, self.err_sq = [], []
+        self.last_cosine, self.num_overflows = 1.0, 0
+
+    def _model(self) -> dict[str, float]:
+        model = self.error_model()
+        assert model is not None
+        values = {"delta": model[0], "c": model[1]}
+        if self.problem is not None:
+            values["floor"] = biased_sgd_floor(self.problem, *model)
+        return values
+
+
+def _gradients(module: LightningModule) -> Iterator[Tensor]:
+    for param in module.parameters():
+        if param.grad is not None and param.grad.numel():
+            yield param.grad
+
+
+def _mean_over_ranks(trainer: Trainer, sums: Tensor) -> list[float]:
+    """Ratios of these are right for replicas and for shards alike; absolute values are those of a replica."""
+    if trainer.world_size > 1:
+        sums = sums.to(trainer.strategy.root_device)
+        dist.all_reduce(sums)
+        sums = sums / trainer.world_size
+    return sums.tolist()
