@@ -22,7 +22,7 @@ from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
-from lightning_sgd.optimizers import MaSS
+from lightning_sgd.optimizers import MaSS, NovoGrad
 
 __version__ = version("lightning-sgd")
 
@@ -33,6 +33,7 @@ __all__ = [
     "MaSS",
     "MaSSHyperParameters",
     "NoEffectWarning",
+    "NovoGrad",
     "OutsideIntendedUseWarning",
     "RankMe",
     "RankMonitor",

@@ -1,5 +1,6 @@
 """Optimizers: ``torch.optim.Optimizer`` subclasses, one per file."""
 
 from lightning_sgd.optimizers.mass import MaSS
+from lightning_sgd.optimizers.novograd import NovoGrad
 
-__all__ = ["MaSS"]
+__all__ = ["MaSS", "NovoGrad"]

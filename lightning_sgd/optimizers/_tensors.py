@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -42,6 +43,24 @@ def refuse_complex(params: Iterable[Tensor], name: str) -> None:
             raise ValueError(
                 f"Expected `params` of {name} to be real, got {param.dtype}. "
                 "Optimize `torch.view_as_real(parameter)` instead."
+            )
+
+
+def refuse_sharded(params: Iterable[Tensor], name: str) -> None:
+    """Refuse parameters of which this process holds a part only, where the update rule needs norms of the whole.
+
+    Args:
+        params: The parameters of a group.
+        name: Name of the optimizer, for the message.
+
+    Raises:
+        ValueError: If a parameter is a ``DTensor``.
+    """
+    for param in params:
+        if hasattr(param, "device_mesh"):
+            raise ValueError(
+                f"Expected `params` of {name} to be whole tensors, got a {type(param).__name__}. "
+                "Use a strategy that replicates parameters, such as `ddp`."
             )
 
 
@@ -89,3 +108,47 @@ def _by_type(lists: Lists) -> dict[TensorType, Lists]:
         aligned = len({tensor.stride() for tensor in row}) == 1
         rows.setdefault(TensorType(row[0].device, row[0].dtype, aligned), []).append(row)
     return {kind: tuple(map(list, zip(*found, strict=True))) for kind, found in rows.items()}
+
+
+def scalar_states(optimizer: Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
+    """One number per parameter, in single precision at least; made, filled with zero, where it does not exist yet.
+
+    Args:
+        optimizer: Owner of the states.
+        params: Some of its parameters.
+        name: Key of the state.
+    """
+    states = [optimizer.state[param] for param in params]
+    for param, state in zip(params, states, strict=True):
+        if name not in state:
+            state[name] = torch.zeros((), dtype=scalar_dtype(param), device=param.device)
+    return [state[name] for state in states]
+
+
+def scalar_dtype(param: Tensor) -> torch.dtype:
+    """The type of numbers that belong to a parameter: its own, but no less than single precision.
+
+    Args:
+        param: The parameter.
+
+    Example:
+        >>> scalar_dtype(torch.zeros(1, dtype=torch.bfloat16))
+        torch.float32
+    """
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def restore_scalar_states(optimizer: Optimizer, state_dict: Mapping[str, Any], *names: str) -> None:
+    """Undo what ``Optimizer.load_state_dict`` does to numbers of half-precision parameters: it rounds them.
+
+    Args:
+        optimizer: It has just loaded ``state_dict``.
+        state_dict: What it has loaded.
+        *names: Keys of the states of :func:`scalar_states`.
+    """
+    saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for saved_id, param in zip(saved_ids, params, strict=True):
+        saved = state_dict["state"].get(saved_id, {})
+        for name in set(names) & set(saved):
+            optimizer.state[param][name] = saved[name].to(param.device, scalar_dtype(param)).clone()
