@@ -31,13 +31,17 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sgd import MaSS, NovoGrad
+from lightning_sgd import TRSGD, MaSS, NovoGrad, TRAdam
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 SIZES = ("1e6x8", "1e6x500", "25e6x8", "25e6x2000")
-BASELINES = {"mass": "SGD Nesterov, fused", "novograd": "SGD momentum, fused"}
+BASELINES = {
+    "mass": "SGD Nesterov, fused",
+    "novograd": "SGD momentum, fused",
+    "tra": "SGD momentum, fused",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ class Candidate:
 @cache
 def candidates(method: str) -> list[Candidate]:
     """Every optimizer of the table of a method; a new one is one more entry here."""
-    return {"mass": _around_mass, "novograd": _around_novograd}[method]()
+    makers = {"mass": _around_mass, "novograd": _around_novograd, "tra": _around_tra}
+    return makers[method]()
 
 
 def _around_mass() -> list[Candidate]:
@@ -92,6 +97,17 @@ def _around_novograd() -> list[Candidate]:
             Candidate("peer's NovoGrad, default", peers.NovoGrad),
         ]
     return found
+
+
+def _around_tra() -> list[Candidate]:
+    momentum = {"lr": 1e-3, "momentum": 0.9}
+    return [
+        Candidate(BASELINES["tra"], lambda params: torch.optim.SGD(params, fused=True, **momentum)),
+        Candidate("TRSGD, fused", lambda params: TRSGD(params, 1e-3, fused=True)),
+        Candidate("TRSGD, foreach", lambda params: TRSGD(params, 1e-3, foreach=True)),
+        Candidate("Adam, fused", lambda params: torch.optim.Adam(params, fused=True)),
+        Candidate("TRAdam, fused", lambda params: TRAdam(params, fused=True)),
+    ]
 
 
 @cache

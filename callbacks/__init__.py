@@ -1,5 +1,6 @@
 """Lightning callbacks, one per file; hooks only, the arithmetic is in ``functional``."""
 
 from lightning_sgd.callbacks.rank_monitor import RankMonitor
+from lightning_sgd.callbacks.trajectory_regularization import TrajectoryRegularization
 
-__all__ = ["RankMonitor"]
+__all__ = ["RankMonitor", "TrajectoryRegularization"]

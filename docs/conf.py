@@ -47,7 +47,10 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(Any|DataLoader|Dataset|LightningModule|Optimizer|ParamsT|T_co|Tensor|Trainer|optional)",
     ),
-    (r"py:.*", r"(Measure|NovoGradVariant|SpectralNorm|StatsMethod|_AX_TYPE|_PLOT_OUT_TYPE)"),
+    (
+        r"py:.*",
+        r"(InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod|_AX_TYPE|_PLOT_OUT_TYPE)",
+    ),
 ]
 
 

@@ -7,7 +7,7 @@ already imported, and ``lightning_sgd.MaSS`` is the spelling that ``--print_conf
 from importlib.metadata import version
 
 from lightning_sgd._validation import NoEffectWarning, OutsideIntendedUseWarning
-from lightning_sgd.callbacks import RankMonitor
+from lightning_sgd.callbacks import RankMonitor, TrajectoryRegularization
 from lightning_sgd.data.digits import DigitsDataModule
 from lightning_sgd.data.effective_batch import effective_batch_size
 from lightning_sgd.data.resumable import ResumableDataLoader
@@ -22,11 +22,12 @@ from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
-from lightning_sgd.optimizers import MaSS, NovoGrad
+from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
 
 __version__ = version("lightning-sgd")
 
 __all__ = [
+    "TRSGD",
     "ConditionNumbers",
     "DigitsClassifier",
     "DigitsDataModule",
@@ -38,6 +39,8 @@ __all__ = [
     "RankMe",
     "RankMonitor",
     "ResumableDataLoader",
+    "TRAdam",
+    "TrajectoryRegularization",
     "WeightRank",
     "batch_size_regime",
     "critical_batch_sizes",

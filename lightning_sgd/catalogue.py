@@ -191,6 +191,24 @@ CATALOGUE: tuple[Method, ...] = (
         ),
         helpers=("WeightRank", "RankMe", "spectral_stats"),
     ),
+    Method(
+        key="tra",
+        title="TRA",
+        summary="Stages of a few steps, each pulled to its start and with falling steps, for tiny batches.",
+        use_when="Memory allows batches of a few samples only, and training at the usual step size fails.",
+        paper=Paper(
+            title="Taming the Noisy Gradient: Train Deep Neural Networks with Small Batch Sizes",
+            authors="Yikai Zhang, Hui Qu, Chao Chen, Dimitris Metaxas",
+            venue="IJCAI",
+            year=2019,
+            url="https://doi.org/10.24963/ijcai.2019/604",
+        ),
+        plugins=(
+            Plugin(name="TRSGD", kind="optimizer", settings={"lr": 0.05, "inner_steps": 3}),
+            Plugin(name="TRAdam", kind="optimizer", settings={"lr": 0.01, "inner_steps": 3}),
+            Plugin(name="TrajectoryRegularization", kind="callback", settings={"inner_steps": 3}),
+        ),
+    ),
 )
 
 

@@ -2,5 +2,6 @@
 
 from lightning_sgd.optimizers.mass import MaSS
 from lightning_sgd.optimizers.novograd import NovoGrad
+from lightning_sgd.optimizers.tra import TRSGD, TRAdam
 
-__all__ = ["MaSS", "NovoGrad"]
+__all__ = ["TRSGD", "MaSS", "NovoGrad", "TRAdam"]

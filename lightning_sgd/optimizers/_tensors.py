@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
@@ -64,6 +64,23 @@ def refuse_sharded(params: Iterable[Tensor], name: str) -> None:
             )
 
 
+def refuse_sparse(params: Iterable[Tensor], name: str) -> None:
+    """Refuse gradients that the update rule would have to fill up.
+
+    Args:
+        params: Parameters, with or without gradients.
+        name: Name of what refuses, for the message.
+
+    Raises:
+        ValueError: If a gradient is sparse.
+    """
+    if any(param.grad is not None and param.grad.is_sparse for param in params):
+        raise ValueError(
+            f"Expected gradients to be dense for {name}, got a sparse one. "
+            "Use `sparse=False` in the embedding, or torch.optim.SparseAdam for it."
+        )
+
+
 def tensors_by_type(
     optimizer: Optimizer, group: dict[str, Any], *state_names: str
 ) -> dict[TensorType, Lists]:
@@ -84,11 +101,7 @@ def tensors_by_type(
     """
     params = [param for param in group["params"] if param.grad is not None]
     grads = [param.grad for param in params]
-    if any(grad.is_sparse for grad in grads):
-        raise ValueError(
-            f"Expected gradients to be dense for {type(optimizer).__name__}, got a sparse one. "
-            "Use `sparse=False` in the embedding, or torch.optim.SparseAdam for it."
-        )
+    refuse_sparse(params, type(optimizer).__name__)
     states = [optimizer.state[param] for param in params]
     for name in state_names:
         for param, state in zip(params, states, strict=True):
@@ -152,3 +165,29 @@ def restore_scalar_states(optimizer: Optimizer, state_dict: Mapping[str, Any], *
         saved = state_dict["state"].get(saved_id, {})
         for name in set(names) & set(saved):
             optimizer.state[param][name] = saved[name].to(param.device, scalar_dtype(param)).clone()
+
+
+def portions(lists: Lists, limit: int = 2**20) -> Iterator[Lists]:
+    """Parallel lists in portions of so many elements, or of one tensor, for steps that need temporary copies.
+
+    On a CPU the copies then stay in the cache and need no fresh memory; elsewhere everything is one portion.
+
+    Args:
+        lists: Lists of equal lengths, tensors of equal shapes at equal places.
+        limit: Number of elements.
+
+    Example:
+        >>> params = [torch.zeros(size) for size in (3, 3, 9, 1)]
+        >>> [len(portion[0]) for portion in portions((params, params), limit=6)]
+        [2, 1, 1]
+    """
+    if lists[0][0].device.type != "cpu":
+        yield lists
+        return
+    start, total = 0, 0
+    for index, tensor in enumerate(lists[0]):
+        if index > start and total + tensor.numel() > limit:
+            yield tuple(tensors[start:index] for tensors in lists)
+            start, total = index, 0
+        total += tensor.numel()
+    yield tuple(tensors[start:] for tensors in lists)
