@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias, get_args, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,20 @@ from lightning_sgd.optimizers._tensors import (
 ParamGroup: TypeAlias = dict[str, Any]
 
 
+class Portion(NamedTuple):
+    """What one call of a step works on.
+
+    Attributes:
+        tensors: Parameters, regularised gradients, and the states in the order of ``state_names``.
+        lr: Step size at this position of the stage.
+        steps: Number of steps of each parameter, this one included.
+    """
+
+    tensors: tuple[list[Tensor], ...]
+    lr: float | Tensor
+    steps: list[int]
+
+
 class StagedOptimizer(Optimizer):
     """Cuts training into stages, keeps an anchor per parameter, and hands regularised gradients to :meth:`update`.
 
@@ -39,14 +53,14 @@ class StagedOptimizer(Optimizer):
     """Keys of further states of the parameters' shapes."""
 
     @abstractmethod
-    def update(
-        self,
-        group: ParamGroup,
-        kind: TensorType,
-        tensors: tuple[list[Tensor], ...],
-        lr: float | Tensor,
-    ) -> None:
-        """Make the step with (params, gradients, states of the first name, …) of one type."""
+    def update(self, group: ParamGroup, kind: TensorType, portion: Portion) -> None:
+        """Make the step with tensors of one type, or pieces of them."""
+
+    def count(self, params: list[Tensor]) -> list[int]:
+        """Number of steps of each parameter, this one included."""
+        for param in params:
+            self.state[param]["step"] = self.state[param].get("step", 0) + 1
+        return [self.state[param]["step"] for param in params]
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group, which may set any of the constructor's arguments for itself."""
@@ -95,10 +109,12 @@ class StagedOptimizer(Optimizer):
         for kind, lists in by_type.items():
             self._move_anchors(group, lists[0], lists[2])
             lr = group["lr"].to(kind.device) if isinstance(group["lr"], Tensor) else group["lr"]
-            for params, grads, anchors, *states in portions(lists):
+            counts = self.count(lists[0])
+            for indices, (params, grads, anchors, *states) in portions(lists):
                 pulled = _directions(group, params, grads, anchors, lr)
                 inner_lr = inner_step_size(lr, group["position"], group["inner_lr_decay"])
-                self.update(group, kind, (params, pulled, *states), inner_lr)
+                steps = [counts[index] for index in indices]
+                self.update(group, kind, Portion((params, pulled, *states), inner_lr, steps))
         if by_type:
             group["position"] = next_position(group["position"], group["inner_steps"])
             group["stage"] += group["position"] == 0

@@ -167,27 +167,38 @@ def restore_scalar_states(optimizer: Optimizer, state_dict: Mapping[str, Any], *
             optimizer.state[param][name] = saved[name].to(param.device, scalar_dtype(param)).clone()
 
 
-def portions(lists: Lists, limit: int = 2**20) -> Iterator[Lists]:
-    """Parallel lists in portions of so many elements, or of one tensor, for steps that need temporary copies.
+def portions(lists: Lists, limit: int = 2**18) -> Iterator[tuple[list[int], Lists]]:
+    """Parallel lists in portions of so many elements, for steps that need temporary copies.
 
     On a CPU the copies then stay in the cache and need no fresh memory; elsewhere everything is one portion.
 
     Args:
         lists: Lists of equal lengths, tensors of equal shapes at equal places.
-        limit: Number of elements.
+        limit: Number of elements; larger tensors are cut if they are contiguous, and come alone if not.
+
+    Returns:
+        Portions, each with the places in the lists that its tensors are, or are pieces of.
 
     Example:
         >>> params = [torch.zeros(size) for size in (3, 3, 9, 1)]
-        >>> [len(portion[0]) for portion in portions((params, params), limit=6)]
-        [2, 1, 1]
+        >>> [indices for indices, _ in portions((params, params), limit=6)]
+        [[0, 1], [2], [2], [3]]
     """
+    indices: list[int] = []
     if lists[0][0].device.type != "cpu":
-        yield lists
+        yield list(range(len(lists[0]))), lists
         return
-    start, total = 0, 0
-    for index, tensor in enumerate(lists[0]):
-        if index > start and total + tensor.numel() > limit:
-            yield tuple(tensors[start:index] for tensors in lists)
-            start, total = index, 0
-        total += tensor.numel()
-    yield tuple(tensors[start:] for tensors in lists)
+    total = 0
+    for index, row in enumerate(zip(*lists, strict=True)):
+        size = row[0].numel()
+        if indices and total + size > limit:
+            yield indices, tuple([tensors[i] for i in indices] for tensors in lists)
+            indices, total = [], 0
+        if size > limit and all(tensor.is_contiguous() for tensor in row):
+            pieces = zip(*(tensor.view(-1).split(limit) for tensor in row), strict=True)
+            yield from (([index], tuple([piece] for piece in piece_row)) for piece_row in pieces)
+        else:
+            indices.append(index)
+            total += size
+    if indices:
+        yield indices, tuple([tensors[i] for i in indices] for tensors in lists)

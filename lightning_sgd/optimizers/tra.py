@@ -18,7 +18,7 @@ from lightning_sgd.functional.momentum_steps import (
     sgd_fused_,
 )
 from lightning_sgd.functional.tra import InnerDecay
-from lightning_sgd.optimizers._stages import ParamGroup, StagedOptimizer, choose
+from lightning_sgd.optimizers._stages import ParamGroup, Portion, StagedOptimizer, choose
 from lightning_sgd.optimizers._tensors import TensorType
 
 
@@ -117,17 +117,12 @@ class TRSGD(StagedOptimizer):
         momentum = group["momentum"]
         expect(0 <= momentum < 1, "momentum", "in [0, 1)", momentum, "Try 0.9.")
 
-    def update(
-        self,
-        group: ParamGroup,
-        kind: TensorType,
-        tensors: tuple[list[Tensor], ...],
-        lr: float | Tensor,
-    ) -> None:
+    def update(self, group: ParamGroup, kind: TensorType, portion: Portion) -> None:
         """Make the step of SGD."""
         usable = kind.aligned and fused_sgd_works(kind.device.type, kind.dtype)
         step = choose((sgd_for_loop_, sgd_foreach_, sgd_fused_), group, usable)
-        step(*tensors, lr=lr, momentum=group["momentum"], weight_decay=group["weight_decay"])
+        decay, momentum = group["weight_decay"], group["momentum"]
+        step(*portion.tensors, lr=portion.lr, momentum=momentum, weight_decay=decay)
 
 
 class TRAdam(StagedOptimizer):
@@ -236,16 +231,9 @@ class TRAdam(StagedOptimizer):
         )
         expect(is_finite_at_least(eps, 0), "eps", "a number ≥ 0", eps, "Try 1e-8.")
 
-    def update(
-        self,
-        group: ParamGroup,
-        kind: TensorType,
-        tensors: tuple[list[Tensor], ...],
-        lr: float | Tensor,
-    ) -> None:
+    def update(self, group: ParamGroup, kind: TensorType, portion: Portion) -> None:
         """Make the step of Adam."""
-        params, grads, averages, squares, *largest = tensors
-        steps = [self._count(param) for param in params]
+        params, grads, averages, squares, *largest = portion.tensors
         usable = kind.aligned and fused_adam_works(kind.device.type, kind.dtype)
         beta1, beta2 = group["betas"]
         settings = AdamSettings(beta1, beta2, group["eps"], group["weight_decay"])
@@ -256,12 +244,7 @@ class TRAdam(StagedOptimizer):
             averages,
             squares,
             largest[0] if largest else None,
-            steps,
-            lr=lr,
+            portion.steps,
+            lr=portion.lr,
             settings=settings,
         )
-
-    def _count(self, param: Tensor) -> int:
-        state = self.state[param]
-        state["step"] = state.get("step", 0) + 1
-        return int(state["step"])

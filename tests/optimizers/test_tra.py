@@ -183,6 +183,38 @@ def test_the_strength_comes_from_the_first_step_size_of_each_group():
     assert strengths == pytest.approx([0.01, 0.05, 0.7])
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "settings"),
+    [
+        (TRSGD, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+        (TRAdam, torch.optim.Adam, {"weight_decay": 0.1, "eps": 1e-16}),
+    ],
+)
+def test_large_tensors_are_stepped_in_pieces_alike(implementation, ours, theirs, settings):
+    # A step works on a quarter of a million numbers at a time. The oracle gets the pull written out by hand.
+    def tensors():
+        torch.manual_seed(0)
+        shapes = [(3,), (300_000,), (700, 600), (5, 2), (600_001,)]
+        made = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+        made[2] = made[2].T  # cannot be cut
+        return [torch.nn.Parameter(tensor) for tensor in made]
+
+    params, reference = tensors(), tensors()
+    staged = ours(params, lr=0.01, lambda_w=0.002, inner_steps=3, **settings, **implementation)
+    plain = theirs(reference, lr=0.01, **settings)
+    for t in range(4):
+        if t % 3 == 0:
+            anchors = [param.detach().clone() for param in reference]
+        plain.param_groups[0]["lr"] = 0.01 / (t % 3 + 1)
+        for a, b, anchor in zip(params, reference, anchors, strict=True):
+            a.grad = torch.sin(a.detach())
+            b.grad = torch.sin(b.detach()) + 0.4 * (b.detach() - anchor)
+        staged.step()
+        plain.step()
+    for a, b in zip(params, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("optimizer_class", [TRSGD, TRAdam])
 @pytest.mark.parametrize("interrupted_at", range(1, 6))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
