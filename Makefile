@@ -46,6 +46,8 @@ examples: $(VENV)/.dev ## Run every example
 
 bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run each, several minutes
 	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/optimizers.py --method novograd
+	$(BIN)/python benchmarks/optimizers.py --method tra
 	$(BIN)/python benchmarks/rank.py
 	$(BIN)/python benchmarks/monitors.py
 	$(BIN)/python benchmarks/local_sgd.py

@@ -4,6 +4,7 @@ Every round times one step of every candidate, in random order, on the same para
 gradients; ratios are taken within a round, so that the drift of a shared machine cancels in their median.
 
     python benchmarks/optimizers.py
+    python benchmarks/optimizers.py --method novograd
     python benchmarks/optimizers.py --device cuda --sizes 25e6x2000 --json optimizers_cuda.json
 """
 
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from operator import truediv
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.box import MARKDOWN, SIMPLE_HEAD
@@ -29,10 +31,17 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sgd import MaSS
+from lightning_sgd import TRSGD, MaSS, NovoGrad, TRAdam
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 SIZES = ("1e6x8", "1e6x500", "25e6x8", "25e6x2000")
-BASELINE = "SGD Nesterov, fused"
+BASELINES = {
+    "mass": "SGD Nesterov, fused",
+    "novograd": "SGD momentum, fused",
+    "tra": "SGD momentum, fused",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +53,18 @@ class Candidate:
 
 
 @cache
-def candidates() -> list[Candidate]:
-    """Every optimizer of the table; a new one is one more entry here."""
+def candidates(method: str) -> list[Candidate]:
+    """Every optimizer of the table of a method; a new one is one more entry here."""
+    makers = {"mass": _around_mass, "novograd": _around_novograd, "tra": _around_tra}
+    return makers[method]()
+
+
+def _around_mass() -> list[Candidate]:
     nesterov = {"lr": 1e-3, "momentum": 0.9, "nesterov": True}
     found = [
-        Candidate(BASELINE, lambda params: torch.optim.SGD(params, fused=True, **nesterov)),
+        Candidate(
+            BASELINES["mass"], lambda params: torch.optim.SGD(params, fused=True, **nesterov)
+        ),
         Candidate(
             "SGD Nesterov, foreach",
             lambda params: torch.optim.SGD(params, foreach=True, **nesterov),
@@ -56,13 +72,53 @@ def candidates() -> list[Candidate]:
         Candidate("MaSS, fused", lambda params: MaSS(params, lr=1e-3, fused=True)),
         Candidate("MaSS, foreach", lambda params: MaSS(params, lr=1e-3, foreach=True)),
     ]
-    try:
-        from pytorch_optimizer import AccSGD
-    except ImportError:
-        print("AccSGD is left out: the package pytorch-optimizer is not installed.")
-    else:
-        found.append(Candidate("AccSGD, foreach", lambda params: AccSGD(params, foreach=True)))
+    peers = imported_peers()
+    if peers:
+        found.append(
+            Candidate("AccSGD, foreach", lambda params: peers.AccSGD(params, foreach=True))
+        )
     return found
+
+
+def _around_novograd() -> list[Candidate]:
+    momentum = {"lr": 1e-3, "momentum": 0.9}
+    found = [
+        Candidate(
+            BASELINES["novograd"], lambda params: torch.optim.SGD(params, fused=True, **momentum)
+        ),
+        Candidate("Adam, fused", lambda params: torch.optim.Adam(params, fused=True)),
+        Candidate("NovoGrad, fused", lambda params: NovoGrad(params, fused=True)),
+        Candidate("NovoGrad, foreach", lambda params: NovoGrad(params, foreach=True)),
+    ]
+    peers = imported_peers()
+    if peers:
+        found += [
+            Candidate("peer's NovoGrad, foreach", lambda p: peers.NovoGrad(p, foreach=True)),
+            Candidate("peer's NovoGrad, default", peers.NovoGrad),
+        ]
+    return found
+
+
+def _around_tra() -> list[Candidate]:
+    momentum = {"lr": 1e-3, "momentum": 0.9}
+    return [
+        Candidate(BASELINES["tra"], lambda params: torch.optim.SGD(params, fused=True, **momentum)),
+        Candidate("TRSGD, fused", lambda params: TRSGD(params, 1e-3, fused=True)),
+        Candidate("TRSGD, foreach", lambda params: TRSGD(params, 1e-3, foreach=True)),
+        Candidate("Adam, fused", lambda params: torch.optim.Adam(params, fused=True)),
+        Candidate("TRAdam, fused", lambda params: TRAdam(params, fused=True)),
+    ]
+
+
+@cache
+def imported_peers() -> ModuleType | None:
+    """The package pytorch-optimizer, if it is installed."""
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        print("Peers are left out: the package pytorch-optimizer is not installed.")
+        return None
+    return pytorch_optimizer  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +199,23 @@ def time_rounds(
     for name in 3 * order:
         work.time_step(optimizers[name])
     end = time.monotonic() + seconds
-    while time.monotonic() < end or len(times[BASELINE]) < 10:
+    while time.monotonic() < end or len(times[order[0]]) < 10:
         random.shuffle(order)
         for name in order:
             times[name].append(work.time_step(optimizers[name]))
     return times
 
 
-def compare(parameters: int, tensors: int, device: torch.device, seconds: float) -> list[Result]:
+def compare(
+    method: str, parameters: int, tensors: int, device: torch.device, seconds: float
+) -> list[Result]:
     """All candidates at one size."""
     work = Workload(parameters, tensors, device)
-    optimizers = {candidate.name: candidate.make(work.params) for candidate in candidates()}
+    optimizers = {candidate.name: candidate.make(work.params) for candidate in candidates(method)}
     times = time_rounds(work, optimizers, seconds)
     results = []
     for name, optimizer in optimizers.items():
-        ratios = list(map(truediv, times[name], times[BASELINE]))
+        ratios = list(map(truediv, times[name], times[BASELINES[method]]))
         low, middle, high = statistics.quantiles(ratios, n=4)
         results.append(
             Result(
@@ -210,14 +268,14 @@ def as_table(results: list[Result]) -> Table:
     return table
 
 
-def describe(device: torch.device) -> str:
+def describe(method: str, device: torch.device) -> str:
     """The machine and the settings behind the numbers."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
         where = f"{cpu_name()}, threads: {torch.get_num_threads()}"
     return (
-        f"{where}, torch {torch.__version__}, float32. Medians; ratio to “{BASELINE}” in the same round; "
+        f"{where}, torch {torch.__version__}, float32. Medians; ratio to “{BASELINES[method]}” in the same round; "
         "optimizer state in bytes per parameter."
     )
 
@@ -245,6 +303,9 @@ def write_markdown(path: Path, table: Table, description: str) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Time optimizer steps beside their peers.")
+    parser.add_argument(
+        "--method", choices=BASELINES, default="mass", help="whose table (default: mass)"
+    )
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu (default) or cuda")
     parser.add_argument(
         "--sizes", nargs="+", default=SIZES, metavar="PARAMETERSxTENSORS", help=" ".join(SIZES)
@@ -266,8 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in ["1e5x8"] if options.quick else options.sizes:
         parameters, tensors = (int(float(number)) for number in size.split("x"))
         seconds = 0.2 if options.quick else options.seconds
-        results += compare(parameters, tensors, options.device, seconds)
-    table, description = as_table(results), describe(options.device)
+        results += compare(options.method, parameters, tensors, options.device, seconds)
+    table, description = as_table(results), describe(options.method, options.device)
     Console().print(table)
     print(description)
     if options.json:

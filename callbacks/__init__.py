@@ -2,5 +2,6 @@
 
 from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor
 from lightning_sgd.callbacks.rank_monitor import RankMonitor
+from lightning_sgd.callbacks.trajectory_regularization import TrajectoryRegularization
 
-__all__ = ["GradientErrorMonitor", "RankMonitor"]
+__all__ = ["GradientErrorMonitor", "RankMonitor", "TrajectoryRegularization"]

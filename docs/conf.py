@@ -47,12 +47,13 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(Any|DataLoader|Dataset|LightningModule|Optimizer|ParamsT|T_co|Tensor|Trainer|optional)",
     ),
-    (r"py:.*", r"(BufferPolicy|OptimizerStatePolicy|InitialWeights|StartMethod)"),
+    (r"py:.*", r"(BufferPolicy|OptimizerStatePolicy|InitialWeights|StartMethod|timedelta)"),
     (
         r"py:.*",
-        r"(Measure|SpectralNorm|StatsMethod|StepForm|Theorem|Assumption|Branch|Compressor|CompressorName|SupportsErrorModel|_AX_TYPE|_PLOT_OUT_TYPE|timedelta)",
+        r"(StepForm|Theorem|Assumption|Branch|Compressor|CompressorName|SupportsErrorModel)",
     ),
-    (r"py:.*", r"lightning_sgd\.functional\.hogwild\.DiminishingSteps"),
+    (r"py:.*", r"(InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod)"),
+    (r"py:.*", r"(_AX_TYPE|_PLOT_OUT_TYPE|lightning_sgd\.functional\.hogwild\.DiminishingSteps)"),
 ]
 
 

@@ -7,7 +7,7 @@ already imported, and ``lightning_sgd.MaSS`` is the spelling that ``--print_conf
 from importlib.metadata import version
 
 from lightning_sgd._validation import NoEffectWarning, OutsideIntendedUseWarning
-from lightning_sgd.callbacks import GradientErrorMonitor, RankMonitor
+from lightning_sgd.callbacks import GradientErrorMonitor, RankMonitor, TrajectoryRegularization
 from lightning_sgd.data.digits import DigitsDataModule
 from lightning_sgd.data.effective_batch import effective_batch_size
 from lightning_sgd.data.resumable import ResumableDataLoader
@@ -37,12 +37,13 @@ from lightning_sgd.functional.rank_collapse import spectral_stats
 from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
-from lightning_sgd.optimizers import MaSS
+from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
 from lightning_sgd.strategies import LocalSGDStrategy
 
 __version__ = version("lightning-sgd")
 
 __all__ = [
+    "TRSGD",
     "BiasedSGDLR",
     "BiasedSGDProblem",
     "ConditionNumbers",
@@ -54,11 +55,14 @@ __all__ = [
     "MaSS",
     "MaSSHyperParameters",
     "NoEffectWarning",
+    "NovoGrad",
     "OutsideIntendedUseWarning",
     "RankMe",
     "RankMonitor",
     "ResumableDataLoader",
     "StepBound",
+    "TRAdam",
+    "TrajectoryRegularization",
     "WeightRank",
     "batch_size_regime",
     "biased_sgd_bound",

@@ -141,6 +141,25 @@ CATALOGUE: tuple[Method, ...] = (
         ),
     ),
     Method(
+        key="novograd",
+        title="NovoGrad",
+        summary="SGD with momentum on gradients normalised layer by layer; half of Adam's optimizer memory.",
+        use_when="Adam's memory is too much, or the step size must hold for any scale of loss and batch.",
+        paper=Paper(
+            title=(
+                "Training Deep Networks with Stochastic Gradient Normalized by Layerwise Adaptive Second Moments"
+            ),
+            authors=(
+                "Boris Ginsburg, Patrice Castonguay, Oleksii Hrinchuk, Oleksii Kuchaiev, Ryan Leary, "
+                "Vitaly Lavrukhin, Jason Li, Huyen Nguyen, Yang Zhang, Jonathan M. Cohen"
+            ),
+            venue="arXiv",
+            year=2020,
+            url="https://arxiv.org/abs/1905.11286",
+        ),
+        plugins=(Plugin(name="NovoGrad", kind="optimizer", settings={"lr": 0.01}),),
+    ),
+    Method(
         key="rank_collapse",
         title="Rank collapse",
         summary="Watches how mini-batch noise and weight decay drive weight matrices towards low rank.",
@@ -266,6 +285,24 @@ CATALOGUE: tuple[Method, ...] = (
             "optimal_step",
         ),
     ),
+    Method(
+        key="tra",
+        title="TRA",
+        summary="Stages of a few steps, each pulled to its start and with falling steps, for tiny batches.",
+        use_when="Memory allows batches of a few samples only, and training at the usual step size fails.",
+        paper=Paper(
+            title="Taming the Noisy Gradient: Train Deep Neural Networks with Small Batch Sizes",
+            authors="Yikai Zhang, Hui Qu, Chao Chen, Dimitris Metaxas",
+            venue="IJCAI",
+            year=2019,
+            url="https://doi.org/10.24963/ijcai.2019/604",
+        ),
+        plugins=(
+            Plugin(name="TRSGD", kind="optimizer", settings={"lr": 0.05, "inner_steps": 3}),
+            Plugin(name="TRAdam", kind="optimizer", settings={"lr": 0.01, "inner_steps": 3}),
+            Plugin(name="TrajectoryRegularization", kind="callback", settings={"inner_steps": 3}),
+        ),
+    ),
 )
 
 
@@ -273,7 +310,7 @@ def plugins(kind: Kind | None = None) -> Iterator[Plugin]:
     """Iterate over the plug-ins of all methods, or of one kind.
 
     Example:
-        >>> [plugin.name for plugin in plugins("optimizer")]
+        >>> [plugin.name for plugin in plugins("optimizer")][:1]
         ['MaSS']
     """
     for method in CATALOGUE:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -45,6 +46,41 @@ def refuse_complex(params: Iterable[Tensor], name: str) -> None:
             )
 
 
+def refuse_sharded(params: Iterable[Tensor], name: str) -> None:
+    """Refuse parameters of which this process holds a part only, where the update rule needs norms of the whole.
+
+    Args:
+        params: The parameters of a group.
+        name: Name of the optimizer, for the message.
+
+    Raises:
+        ValueError: If a parameter is a ``DTensor``.
+    """
+    for param in params:
+        if hasattr(param, "device_mesh"):
+            raise ValueError(
+                f"Expected `params` of {name} to be whole tensors, got a {type(param).__name__}. "
+                "Use a strategy that replicates parameters, such as `ddp`."
+            )
+
+
+def refuse_sparse(params: Iterable[Tensor], name: str) -> None:
+    """Refuse gradients that the update rule would have to fill up.
+
+    Args:
+        params: Parameters, with or without gradients.
+        name: Name of what refuses, for the message.
+
+    Raises:
+        ValueError: If a gradient is sparse.
+    """
+    if any(param.grad is not None and param.grad.is_sparse for param in params):
+        raise ValueError(
+            f"Expected gradients to be dense for {name}, got a sparse one. "
+            "Use `sparse=False` in the embedding, or torch.optim.SparseAdam for it."
+        )
+
+
 def tensors_by_type(
     optimizer: Optimizer, group: dict[str, Any], *state_names: str
 ) -> dict[TensorType, Lists]:
@@ -65,11 +101,7 @@ def tensors_by_type(
     """
     params = [param for param in group["params"] if param.grad is not None]
     grads = [param.grad for param in params]
-    if any(grad.is_sparse for grad in grads):
-        raise ValueError(
-            f"Expected gradients to be dense for {type(optimizer).__name__}, got a sparse one. "
-            "Use `sparse=False` in the embedding, or torch.optim.SparseAdam for it."
-        )
+    refuse_sparse(params, type(optimizer).__name__)
     states = [optimizer.state[param] for param in params]
     for name in state_names:
         for param, state in zip(params, states, strict=True):
@@ -89,3 +121,84 @@ def _by_type(lists: Lists) -> dict[TensorType, Lists]:
         aligned = len({tensor.stride() for tensor in row}) == 1
         rows.setdefault(TensorType(row[0].device, row[0].dtype, aligned), []).append(row)
     return {kind: tuple(map(list, zip(*found, strict=True))) for kind, found in rows.items()}
+
+
+def scalar_states(optimizer: Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
+    """One number per parameter, in single precision at least; made, filled with zero, where it does not exist yet.
+
+    Args:
+        optimizer: Owner of the states.
+        params: Some of its parameters.
+        name: Key of the state.
+    """
+    states = [optimizer.state[param] for param in params]
+    for param, state in zip(params, states, strict=True):
+        if name not in state:
+            state[name] = torch.zeros((), dtype=scalar_dtype(param), device=param.device)
+    return [state[name] for state in states]
+
+
+def scalar_dtype(param: Tensor) -> torch.dtype:
+    """The type of numbers that belong to a parameter: its own, but no less than single precision.
+
+    Args:
+        param: The parameter.
+
+    Example:
+        >>> scalar_dtype(torch.zeros(1, dtype=torch.bfloat16))
+        torch.float32
+    """
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def restore_scalar_states(optimizer: Optimizer, state_dict: Mapping[str, Any], *names: str) -> None:
+    """Undo what ``Optimizer.load_state_dict`` does to numbers of half-precision parameters: it rounds them.
+
+    Args:
+        optimizer: It has just loaded ``state_dict``.
+        state_dict: What it has loaded.
+        *names: Keys of the states of :func:`scalar_states`.
+    """
+    saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for saved_id, param in zip(saved_ids, params, strict=True):
+        saved = state_dict["state"].get(saved_id, {})
+        for name in set(names) & set(saved):
+            optimizer.state[param][name] = saved[name].to(param.device, scalar_dtype(param)).clone()
+
+
+def portions(lists: Lists, limit: int = 2**18) -> Iterator[tuple[list[int], Lists]]:
+    """Parallel lists in portions of so many elements, for steps that need temporary copies.
+
+    On a CPU the copies then stay in the cache and need no fresh memory; elsewhere everything is one portion.
+
+    Args:
+        lists: Lists of equal lengths, tensors of equal shapes at equal places.
+        limit: Number of elements; larger tensors are cut if they are contiguous, and come alone if not.
+
+    Returns:
+        Portions, each with the places in the lists that its tensors are, or are pieces of.
+
+    Example:
+        >>> params = [torch.zeros(size) for size in (3, 3, 9, 1)]
+        >>> [indices for indices, _ in portions((params, params), limit=6)]
+        [[0, 1], [2], [2], [3]]
+    """
+    indices: list[int] = []
+    if lists[0][0].device.type != "cpu":
+        yield list(range(len(lists[0]))), lists
+        return
+    total = 0
+    for index, row in enumerate(zip(*lists, strict=True)):
+        size = row[0].numel()
+        if indices and total + size > limit:
+            yield indices, tuple([tensors[i] for i in indices] for tensors in lists)
+            indices, total = [], 0
+        if size > limit and all(tensor.is_contiguous() for tensor in row):
+            pieces = zip(*(tensor.view(-1).split(limit) for tensor in row), strict=True)
+            yield from (([index], tuple([piece] for piece in piece_row)) for piece_row in pieces)
+        else:
+            indices.append(index)
+            total += size
+    if indices:
+        yield indices, tuple([tensors[i] for i in indices] for tensors in lists)

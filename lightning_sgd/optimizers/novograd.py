@@ -1,0 +1,282 @@
+"""NovoGrad as a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeAlias, get_args, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from lightning_sgd._validation import (
+    expect,
+    is_finite_at_least,
+    warn_no_effect,
+    warn_outside_intended_use,
+)
+from lightning_sgd.functional.novograd import (
+    NovoGradSettings,
+    NovoGradVariant,
+    fused_novograd_works,
+    novograd_coefficients_,
+    novograd_for_loop_,
+    novograd_foreach_,
+    novograd_fused_,
+)
+from lightning_sgd.optimizers._tensors import (
+    TensorType,
+    refuse_complex,
+    refuse_sharded,
+    restore_scalar_states,
+    scalar_states,
+    tensors_by_type,
+)
+
+ParamGroup: TypeAlias = dict[str, Any]
+
+
+class NovoGrad(Optimizer):
+    r"""SGD with momentum on gradients that are normalised layer by layer.
+
+    Every parameter tensor w, called a layer, keeps a momentum m of its shape and one number v. With its gradient
+    g, ``lr`` [λ], ``betas`` [β₁, β₂], ``eps`` [ε] and ``weight_decay`` [d],
+
+    .. math::
+        v &\leftarrow \beta_2 v + (1-\beta_2)\,\|g\|^2, \qquad v \leftarrow \|g\|^2 \text{ in the first step} \\
+        m &\leftarrow \beta_1 m + \Big(\frac{g}{\sqrt v+\epsilon} + d\,w\Big) \\
+        w &\leftarrow w - \lambda m .
+
+    The size of the gradients has no influence: a loss multiplied by a constant gives the same steps. A step moves a
+    layer by at most :math:`\lambda/((1-\beta_1)\sqrt{1-\beta_2})`, whatever its number of weights, and by
+    :math:`\lambda/(1-\beta_1)`, 20 ``lr`` by default, along a constant gradient. Step sizes are therefore not
+    those of Adam, and the effective decay per step is 20 ``lr * weight_decay``.
+
+    Shapes: parameters of any shape, real floating-point, dense gradients, not sharded.
+    Cost: one buffer of the size of the parameters and one number per tensor, half of what Adam keeps; one more pass
+    over the gradients than SGD with momentum. Numbers are kept in float32 for parameters of half precision.
+
+    Args:
+        params: Parameters or parameter groups; a group may set its own values of the arguments below.
+        lr: Step size [λ].
+        betas: Decay rates of momentum and second moments [β₁, β₂], each in [0, 1).
+        eps: Added to the root of the second moment [ε].
+        weight_decay: Decay [d], added to the normalised gradient; 0.001 is usual, and none for biases and norms.
+        grad_averaging: Weigh what enters the momentum with 1 − β₁, as Adam does, from the second step on.
+        amsgrad: Divide by the root of the largest second moment so far.
+        decoupled_weight_decay: Shrink the parameters by ``lr * weight_decay`` instead of adding to the momentum.
+        variant: ``paper``; ``openseq2seq`` for ε inside the root and averaging from the first step on; ``apex`` for a
+            momentum of the raw gradients that is normalised when it is used, bias corrections and decoupled decay.
+        maximize: Ascend instead of descend.
+        foreach: Use multi-tensor operations; by default only where the fused kernel is not available.
+        fused: Use torch's fused SGD kernel; by default wherever it is available on the CPU.
+
+    Raises:
+        ValueError: If an argument is out of range, or parameters are complex or sharded or gradients sparse.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = NovoGrad([w], lr=0.1)
+        >>> for _ in range(5):
+        ...     loss = (w**2).sum()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     _ = optimizer.step()
+        ...     print(f"{loss.item():.3f}")
+        5.000
+        4.563
+        3.785
+        2.813
+        1.813
+
+    Reference:
+        Boris Ginsburg and others. Training Deep Networks with Stochastic Gradient Normalized by Layerwise Adaptive
+        Second Moments. arXiv 1905.11286, 2020.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        betas: tuple[float, float] = (0.95, 0.98),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        grad_averaging: bool = False,
+        amsgrad: bool = False,
+        decoupled_weight_decay: bool = False,
+        variant: NovoGradVariant = "paper",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        defaults: ParamGroup = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "grad_averaging": grad_averaging,
+            "amsgrad": amsgrad,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "variant": variant,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add a group, which may set any of the constructor's arguments for itself."""
+        _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        refuse_complex(self.param_groups[-1]["params"], "NovoGrad")
+        refuse_sharded(self.param_groups[-1]["params"], "NovoGrad")
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Go on from a saved state, the second moments with all their digits.
+
+        Args:
+            state_dict: What ``state_dict`` of an optimizer gave.
+        """
+        super().load_state_dict(state_dict)
+        restore_scalar_states(self, state_dict, "second_moment", "max_second_moment", "step")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Make one step.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; called once, before gradients are read.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                self._step_group(group)
+        return loss
+
+    def _step_group(self, group: ParamGroup) -> None:
+        decoupled = group["decoupled_weight_decay"] or group["variant"] == "apex"
+        decay = group["weight_decay"]
+        beta1, beta2 = group["betas"]
+        settings = NovoGradSettings(
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=0.0 if decoupled else decay,
+            grad_averaging=group["grad_averaging"],
+            variant=group["variant"],
+        )
+        for kind, tensors in tensors_by_type(self, group, "momentum_buffer").items():
+            params, grads, momenta = tensors
+            lr = group["lr"]
+            lr = lr.to(kind.device) if isinstance(lr, Tensor) else lr
+            if decoupled and decay:
+                torch._foreach_mul_(params, 1 - lr * decay)
+            coefficients = novograd_coefficients_(
+                grads,
+                scalar_states(self, params, "second_moment"),
+                scalar_states(self, params, "max_second_moment") if group["amsgrad"] else None,
+                self._count(params) if group["variant"] == "apex" else None,
+                settings,
+            )
+            step = _choose_step(*_fusible(kind, settings), group["foreach"], group["fused"])
+            step(
+                params,
+                grads,
+                momenta,
+                coefficients,
+                lr=lr,
+                settings=settings,
+                maximize=group["maximize"],
+            )
+
+    def _count(self, params: list[Tensor]) -> list[Tensor]:
+        steps = scalar_states(self, params, "step")
+        torch._foreach_add_(steps, 1)
+        return steps
+
+
+def _fusible(kind: TensorType, settings: NovoGradSettings) -> tuple[str, torch.dtype, bool]:
+    """What decides whether the fused kernel can be used."""
+    on_cpu = kind.device.type == "cpu"
+    fusible = kind.aligned and settings.beta1 > 0 and (on_cpu or settings.uniform)
+    return kind.device.type, kind.dtype, fusible
+
+
+@cache
+def _choose_step(
+    device_type: str, dtype: torch.dtype, fusible: bool, foreach: bool | None, fused: bool | None
+) -> Callable[..., None]:
+    """The fastest implementation that is allowed and works; cached, so that it warns once."""
+    if foreach is False and not fused:
+        return novograd_for_loop_
+    if fused or (fused is None and foreach is None):
+        if fusible and fused_novograd_works(device_type, dtype):
+            return novograd_fused_
+        if fused:
+            reason = "available" if fusible else "made for β₁ = 0 or gradients of other strides"
+            if device_type != "cpu":
+                reason = "available for these settings outside the CPU"
+            warn_no_effect(
+                f"`fused=True` has no effect for some {dtype} tensors on {device_type}: torch's kernel is not "
+                f"{reason}, multi-tensor operations are used instead."
+            )
+    return novograd_foreach_
+
+
+def _check_group(group: ParamGroup) -> None:
+    lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        expect(lr.numel() == 1, "lr", "a tensor of one element", lr.shape, "Use one lr per group.")
+    else:
+        expect(is_finite_at_least(lr, 0), "lr", "a number ≥ 0", lr, "Try 0.01.")
+    expect(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "betas",
+        "two numbers in [0, 1)",
+        betas,
+        "Try (0.95, 0.98).",
+    )
+    expect(is_finite_at_least(eps, 0), "eps", "a number ≥ 0", eps, "Try 1e-8.")
+    expect(is_finite_at_least(decay, 0), "weight_decay", "a number ≥ 0", decay, "Use 0 for none.")
+    _check_variant(group)
+    if group["decoupled_weight_decay"] and decay == 0:
+        warn_no_effect("`decoupled_weight_decay` has no effect while `weight_decay` is 0.")
+    expect(
+        not (group["foreach"] and group["fused"]),
+        "foreach",
+        "None or False beside `fused=True`",
+        True,
+        "Choose one implementation, or leave both to the default.",
+    )
+
+
+def _check_variant(group: ParamGroup) -> None:
+    names, variant = get_args(NovoGradVariant), group["variant"]
+    expect(
+        variant in names, "variant", f"one of {', '.join(names)}", variant, "Leave it at 'paper'."
+    )
+    if variant != "apex":
+        return
+    expect(
+        not group["amsgrad"],
+        "amsgrad",
+        "False beside `variant='apex'`",
+        True,
+        "Use 'paper' or 'openseq2seq'.",
+    )
+    if group["decoupled_weight_decay"]:
+        warn_no_effect("`decoupled_weight_decay` has no effect: decay is always decoupled in apex.")
+    if not group["grad_averaging"]:
+        warn_outside_intended_use(
+            "`variant='apex'` corrects the bias of an average, and `grad_averaging` is off: the first steps are "
+            "1/(1 − β₁) times as long as the gradients ask for. Set `grad_averaging: true`, apex's own default."
+        )
