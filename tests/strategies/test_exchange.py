@@ -197,3 +197,17 @@ def test_own_weights_come_back_bit_by_bit_also_after_a_failure(tmp_path, fails):
     for mean, same, *both in zip(first, second, own, other, strict=True):
         assert torch.equal(mean, same)
         torch.testing.assert_close(mean, (both[0] + both[1]) / 2)
+
+
+def test_buffers_that_never_change_keep_every_bit(tmp_path):
+    # Seven is the smallest number of ranks for which the mean of equal float32 numbers is not always that number.
+    def work(rank):
+        torch.manual_seed(0)
+        constants, weights = torch.rand(10000), torch.randn(3)
+        before = constants.clone()
+        optimizer = torch.optim.SGD([weights], lr=0.1)
+        ours = Consensus(exchange(), [optimizer], [constants], lambda _: None, "average", "keep")
+        ours.round(ours.replicas[0])
+        return bool(torch.equal(constants, before))
+
+    assert run_ranks(work, 7, tmp_path) == [True] * 7
