@@ -48,6 +48,7 @@ class Consensus:
         self._buffers_moved = False
         self._local: list[Tensor] | None = None
         self._warned_of_layout = False
+        self._is_closed = False
 
     @property
     def is_entered(self) -> bool:
@@ -56,8 +57,8 @@ class Consensus:
 
     @property
     def is_apart(self) -> bool:
-        """Whether ranks may have different models."""
-        if self.exchange is None:
+        """Whether ranks may have different models, and can be asked for them."""
+        if self.exchange is None or self._is_closed:
             return False
         if any(not r.is_shared or self.candidate(r) is not None for r in self.replicas):
             return True
@@ -81,11 +82,16 @@ class Consensus:
         replica.share()
 
     def settle(self) -> None:
-        """Give all ranks the mean of their candidates, for good."""
+        """Give all ranks the mean of their candidates, for good; training is over."""
         self._take()
         for replica in self.replicas:
             replica.share()
-        self._buffers_moved = False
+        self.close()
+
+    def close(self) -> None:
+        """Put this rank's weights back if need be, and take part in nothing any more."""
+        self.leave()
+        self._is_closed = True
 
     def enter(self) -> None:
         """Put the mean of the candidates in the place of this rank's weights, if it is not there already."""

@@ -155,13 +155,15 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
 
     def setup(self, trainer: Trainer) -> None:
         """Make process groups of our own, then the replicas of what the optimizers train."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            super().setup(trainer)
+            return
         refuse_unsupported(self)
         if self.world_size > 1 and (self.exchange is None or not self.exchange.is_valid):
             self.exchange = Exchange(self._timeout)
         super().setup(trainer)
-        refuse_unsupported(self)
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._begin()
+        refuse_unsupported(self)  # now the optimizers are known
+        self._begin()
         self._is_resumed = False
 
     def _begin(self) -> None:
@@ -271,6 +273,7 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         """Write the mean of the models, and in one more key what each rank needs to go on."""
         if "optimizer_states" in checkpoint and self.consensus is not None:
             checkpoint = self._with_all_ranks(checkpoint, self.consensus)
+        self._written = None
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _with_all_ranks(self, checkpoint: dict[str, Any], consensus: Consensus) -> dict[str, Any]:
@@ -337,7 +340,7 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
     def on_exception(self, exception: BaseException) -> None:
         """Put this rank's weights back, hang up, and find out or let the others know who is to blame."""
         if self.consensus is not None:
-            self.consensus.leave()
+            self.consensus.close()
         if self.exchange is not None and not isinstance(exception, ExchangeError):
             roll_call = self.exchange.roll_call
             self.exchange.hang_up()

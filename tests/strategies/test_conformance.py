@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import MixedPrecision
+from support.rank_processes import run_as_torchrun
 from support.strategy_training import Run, flat, loader, samples, sgd, spread
 from support.training import Regression, TwoOptimizers, by_hand, loss_of, trainer
 from torch.utils.data import DataLoader, Sampler
@@ -251,6 +252,25 @@ def test_entries_without_training(make, tmp_path, entry):
     kwargs = {"return_predictions": False} if entry == "predict" else {"verbose": False}
     getattr(quiet, entry)(module, loader(2), **kwargs)
     assert torch.equal(flat(module), before)
+
+
+@pytest.mark.compatible("validate, test, predict alone")
+def test_evaluation_after_training_takes_the_weights_it_is_given(make, tmp_path):
+    # What the strategy knows of the training must not come in the place of weights that were loaded since.
+    def work(rank):
+        quiet = trainer(
+            tmp_path, devices=2, strategy=make(start_method="popen"), use_distributed_sampler=False
+        )
+        module, seen = Validated(), []
+        quiet.fit(module, loader(2), loader(2))
+        torch.nn.init.zeros_(module.net[2].weight)
+        before = flat(module)
+        module.on_validation_epoch_start = lambda: seen.append(flat(module))
+        quiet.validate(module, loader(2), verbose=False)
+        return bool(torch.equal(seen[0], before) and torch.equal(flat(module), before))
+
+    outcomes = run_as_torchrun(work, 2, tmp_path)
+    assert [outcome.result for outcome in outcomes] == [True, True], outcomes[0].error
 
 
 @pytest.mark.compatible("fast_dev_run and sanity check")

@@ -11,18 +11,20 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from support.processes import run_ranks
+from support.rank_processes import run_as_torchrun
 from support.strategy_training import (
     FORK,
     NUM_BATCHES,
     Run,
     ddp,
     flat,
+    loader,
     samples,
     sgd,
     simulate,
     spread,
 )
-from support.training import Regression, loss_of, network
+from support.training import Regression, loss_of, network, trainer
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
 from lightning_sgd import LocalSGDStrategy, NoEffectWarning
@@ -186,6 +188,23 @@ def test_one_shot_averaging(tmp_path, average):
     expected = torch.stack([torch.stack(weights).mean(dim=0) for weights in kept]).mean(dim=0)
     for record in run.ranks:
         torch.testing.assert_close(record["final"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tail_does_not_come_back_after_training(tmp_path):
+    def work(rank):
+        strategy = local_sgd(start_method="popen", period=None, average="tail", tail_start=2)
+        quiet = trainer(tmp_path, devices=2, strategy=strategy, use_distributed_sampler=False)
+        module = Regression(sgd)
+        quiet.fit(module, loader(2))
+        torch.nn.init.zeros_(module.net[2].weight)
+        module.validation_step = lambda batch, batch_idx: None
+        before, seen = flat(module), []
+        module.on_validation_epoch_start = lambda: seen.append(flat(module))
+        quiet.validate(module, loader(2), verbose=False)
+        return bool(torch.equal(seen[0], before))
+
+    outcomes = run_as_torchrun(work, 2, tmp_path)
+    assert [outcome.result for outcome in outcomes] == [True, True], outcomes[0].error
 
 
 def test_a_tail_as_a_share_of_all_steps(tmp_path):
