@@ -14,7 +14,7 @@ from support.rank_processes import free_port
 from support.strategy_training import Run, spread
 
 SCRIPT = Path(__file__).resolve().parent.parent / "support" / "train_script.py"
-SECONDS = 110
+SECONDS = 200
 
 pytestmark = pytest.mark.timeout(SECONDS + 5)
 

@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
 
     seed_everything(0, verbose=False)
-    strategy = getattr(lightning_sgd, args.strategy)(timeout=timedelta(seconds=15))
+    strategy = getattr(lightning_sgd, args.strategy)(timeout=timedelta(seconds=60))
     checkpoints = ModelCheckpoint(
         args.folder, "last", every_n_train_steps=5, enable_version_counter=False
     )
