@@ -18,27 +18,48 @@ from lightning_sgd.functional.mass_theory import (
     critical_batch_sizes,
     mass_hyperparameters,
 )
+from lightning_sgd.functional.mixing import Mixing
 from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
+from lightning_sgd.functional.topologies import (
+    Complete,
+    Exponential,
+    FromGraph,
+    Hypercube,
+    OnePeerExponential,
+    Ring,
+    Topology,
+    Torus,
+)
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import MaSS
-from lightning_sgd.strategies import LocalSGDStrategy
+from lightning_sgd.strategies import GossipPGAStrategy, LocalSGDStrategy
 
 __version__ = version("lightning-sgd")
 
 __all__ = [
+    "Complete",
     "ConditionNumbers",
     "DigitsClassifier",
     "DigitsDataModule",
+    "Exponential",
+    "FromGraph",
+    "GossipPGAStrategy",
+    "Hypercube",
     "LocalSGDStrategy",
     "MaSS",
     "MaSSHyperParameters",
+    "Mixing",
     "NoEffectWarning",
+    "OnePeerExponential",
     "OutsideIntendedUseWarning",
     "RankMe",
     "RankMonitor",
     "ResumableDataLoader",
+    "Ring",
+    "Topology",
+    "Torus",
     "WeightRank",
     "batch_size_regime",
     "critical_batch_sizes",

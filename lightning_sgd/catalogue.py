@@ -197,6 +197,44 @@ CATALOGUE: tuple[Method, ...] = (
             ),
         ),
     ),
+    Method(
+        key="gossip_pga",
+        title="Gossip-PGA",
+        summary="Ranks mix their models with neighbours in a graph after every step, and now and then with all.",
+        use_when="The latency of all-reduces over many ranks takes a good part of every step.",
+        paper=Paper(
+            title="Accelerating Gossip SGD with Periodic Global Averaging",
+            authors="Yiming Chen, Kun Yuan, Yingya Zhang, Pan Pan, Yinghui Xu, Wotao Yin",
+            venue="ICML",
+            year=2021,
+            url="https://arxiv.org/abs/2105.09080",
+        ),
+        plugins=(
+            Plugin(
+                name="GossipPGAStrategy",
+                kind="strategy",
+                settings={"period": 3},
+                metric_keys=(
+                    "comm/bytes_per_step",
+                    "comm/messages_per_step",
+                    "comm/blocked_seconds_per_step",
+                    "gossip/consensus_distance",
+                    "gossip/period",
+                ),
+            ),
+        ),
+        helpers=(
+            "Topology",
+            "Mixing",
+            "Ring",
+            "Torus",
+            "Exponential",
+            "OnePeerExponential",
+            "Hypercube",
+            "Complete",
+            "FromGraph",
+        ),
+    ),
 )
 
 
