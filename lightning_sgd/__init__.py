@@ -34,7 +34,7 @@ from lightning_sgd.functional.topologies import (
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import MaSS
-from lightning_sgd.strategies import GossipPGAStrategy, LocalSGDStrategy
+from lightning_sgd.strategies import GossipPGAStrategy, LocalSGDStrategy, OverlapLocalSGDStrategy
 
 __version__ = version("lightning-sgd")
 
@@ -54,6 +54,7 @@ __all__ = [
     "NoEffectWarning",
     "OnePeerExponential",
     "OutsideIntendedUseWarning",
+    "OverlapLocalSGDStrategy",
     "RankMe",
     "RankMonitor",
     "ResumableDataLoader",

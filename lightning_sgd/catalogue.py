@@ -235,6 +235,32 @@ CATALOGUE: tuple[Method, ...] = (
             "FromGraph",
         ),
     ),
+    Method(
+        key="overlap_local_sgd",
+        title="Overlap-Local-SGD",
+        summary="Local SGD that exchanges models in the background and pulls each towards the last mean.",
+        use_when="Ranks of Local SGD still wait for each other, or one of them is late now and then.",
+        paper=Paper(
+            title="Overlap Local-SGD: An Algorithmic Approach to Hide Communication Delays in Distributed SGD",
+            authors="Jianyu Wang, Hao Liang, Gauri Joshi",
+            venue="ICASSP",
+            year=2020,
+            url="https://arxiv.org/abs/2002.09539",
+        ),
+        plugins=(
+            Plugin(
+                name="OverlapLocalSGDStrategy",
+                kind="strategy",
+                settings={"period": 3},
+                metric_keys=(
+                    "comm/bytes_per_step",
+                    "comm/messages_per_step",
+                    "comm/blocked_seconds_per_step",
+                    "overlap/anchor_distance",
+                ),
+            ),
+        ),
+    ),
 )
 
 

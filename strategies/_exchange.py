@@ -27,7 +27,7 @@ from lightning_sgd.strategies._faults import (
     different_places,
     is_failed_exchange,
 )
-from lightning_sgd.strategies._in_flight import Swap, start_messages
+from lightning_sgd.strategies._in_flight import InFlight, PendingMean, Swap, start_messages
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -65,7 +65,7 @@ class Exchange:
     def __init__(self, timeout: timedelta | None, *, in_background: bool = False) -> None:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.traffic = Traffic()
-        self._in_flight: list[Swap] = []
+        self._in_flight: list[InFlight] = []
         self.world = dist.group.WORLD
         self.group = dist.new_group(timeout=timeout)
         self.background = dist.new_group(timeout=timeout) if in_background else self.group
@@ -96,6 +96,37 @@ class Exchange:
                     self._raise_mismatch(purpose, step)
                 buffer.div_(self.num_ranks)
 
+    def start_mean(self, flat: FlatBuffers, step: int) -> PendingMean:
+        """Begin to replace what is in the buffers by its mean over the ranks, without waiting.
+
+        Args:
+            flat: Packed; to be left alone until :meth:`finish_mean`.
+            step: Optimizer steps so far; the same on all ranks.
+        """
+        pending = PendingMean(flat=flat, step=step)
+        with self._timed(Purpose.ANCHOR, step):
+            for buffer in flat.buffers:
+                _stamp(buffer, _tag(Purpose.ANCHOR, step))
+                work = dist.all_reduce(buffer, group=self.background, async_op=True)
+                pending.works.append(work)
+                self._count(*all_reduce_traffic(buffer.nbytes, self.num_ranks))
+        self._in_flight.append(pending)
+        return pending
+
+    def finish_mean(self, pending: PendingMean) -> None:
+        """Wait until the mean is there; all ranks get the same bits.
+
+        Args:
+            pending: In flight.
+        """
+        self._in_flight.remove(pending)
+        with self._timed(Purpose.ANCHOR, pending.step):
+            pending.wait()
+        for buffer in pending.flat.buffers:
+            if not _is_stamped_alike(buffer, self.num_ranks):
+                self._raise_mismatch(Purpose.ANCHOR, pending.step)
+            buffer.div_(self.num_ranks)
+
     def start_swap(
         self,
         outgoing: Sequence[Tensor],
@@ -111,7 +142,7 @@ class Exchange:
             receive: From whom, and where to.
             step: Optimizer steps so far; the same on all ranks.
         """
-        swap = Swap(receive, step)
+        swap = Swap(receive=receive, step=step)
         with self._timed(Purpose.GOSSIP, step):
             for buffer in outgoing:
                 _stamp(buffer, _tag(Purpose.GOSSIP, step))
@@ -202,8 +233,8 @@ class Exchange:
 
     def hang_up(self) -> None:
         """Close all connections, so that ranks that wait for this one learn of its failure at once."""
-        for swap in self._in_flight:
-            swap.works.clear()
+        for exchange in self._in_flight:
+            exchange.works.clear()
         self.__dict__.pop("group", None)
         self.__dict__.pop("background", None)
         self.__dict__.pop("objects", None)

@@ -8,27 +8,49 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_sgd.functional.flat_buffers import FlatBuffers
 
-@dataclass(eq=False)
-class Swap:
-    """Messages to and from neighbours.
+
+@dataclass(eq=False, kw_only=True)
+class InFlight:
+    """What has been started.
 
     Attributes:
-        receive: Buffers by the rank that they come from.
         step: Optimizer steps when it was started.
-        works: One for each message.
+        works: What to wait for.
     """
 
-    receive: Mapping[int, Sequence[Tensor]]
     step: int
     works: list[dist.Work] = field(default_factory=list)
 
     def wait(self) -> None:
-        """Wait for all messages."""
+        """Wait for all of it."""
         # What has failed must not be held on to: it holds on to the connections.
         works, self.works = self.works, []
         for work in works:
             work.wait()
+
+
+@dataclass(eq=False, kw_only=True)
+class Swap(InFlight):
+    """Messages to and from neighbours.
+
+    Attributes:
+        receive: Buffers by the rank that they come from.
+    """
+
+    receive: Mapping[int, Sequence[Tensor]]
+
+
+@dataclass(eq=False, kw_only=True)
+class PendingMean(InFlight):
+    """A mean over all ranks.
+
+    Attributes:
+        flat: What becomes of it; nobody touches it meanwhile.
+    """
+
+    flat: FlatBuffers
 
 
 def start_messages(
