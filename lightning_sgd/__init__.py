@@ -32,13 +32,24 @@ from lightning_sgd.functional.mass_theory import (
     critical_batch_sizes,
     mass_hyperparameters,
 )
+from lightning_sgd.functional.mixing import Mixing
 from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
+from lightning_sgd.functional.topologies import (
+    Complete,
+    Exponential,
+    FromGraph,
+    Hypercube,
+    OnePeerExponential,
+    Ring,
+    Topology,
+    Torus,
+)
 from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
-from lightning_sgd.strategies import LocalSGDStrategy
+from lightning_sgd.strategies import GossipPGAStrategy, LocalSGDStrategy, OverlapLocalSGDStrategy
 
 __version__ = version("lightning-sgd")
 
@@ -46,22 +57,33 @@ __all__ = [
     "TRSGD",
     "BiasedSGDLR",
     "BiasedSGDProblem",
+    "Complete",
     "ConditionNumbers",
     "DigitsClassifier",
     "DigitsDataModule",
     "DiminishingLR",
+    "Exponential",
+    "FromGraph",
+    "GossipPGAStrategy",
     "GradientErrorMonitor",
+    "Hypercube",
     "LocalSGDStrategy",
     "MaSS",
     "MaSSHyperParameters",
+    "Mixing",
     "NoEffectWarning",
     "NovoGrad",
+    "OnePeerExponential",
     "OutsideIntendedUseWarning",
+    "OverlapLocalSGDStrategy",
     "RankMe",
     "RankMonitor",
     "ResumableDataLoader",
+    "Ring",
     "StepBound",
     "TRAdam",
+    "Topology",
+    "Torus",
     "TrajectoryRegularization",
     "WeightRank",
     "batch_size_regime",

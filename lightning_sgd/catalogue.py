@@ -303,6 +303,70 @@ CATALOGUE: tuple[Method, ...] = (
             Plugin(name="TrajectoryRegularization", kind="callback", settings={"inner_steps": 3}),
         ),
     ),
+    Method(
+        key="gossip_pga",
+        title="Gossip-PGA",
+        summary="Ranks mix their models with neighbours in a graph after every step, and now and then with all.",
+        use_when="The latency of all-reduces over many ranks takes a good part of every step.",
+        paper=Paper(
+            title="Accelerating Gossip SGD with Periodic Global Averaging",
+            authors="Yiming Chen, Kun Yuan, Yingya Zhang, Pan Pan, Yinghui Xu, Wotao Yin",
+            venue="ICML",
+            year=2021,
+            url="https://arxiv.org/abs/2105.09080",
+        ),
+        plugins=(
+            Plugin(
+                name="GossipPGAStrategy",
+                kind="strategy",
+                settings={"period": 3},
+                metric_keys=(
+                    "comm/bytes_per_step",
+                    "comm/messages_per_step",
+                    "comm/blocked_seconds_per_step",
+                    "gossip/consensus_distance",
+                    "gossip/period",
+                ),
+            ),
+        ),
+        helpers=(
+            "Topology",
+            "Mixing",
+            "Ring",
+            "Torus",
+            "Exponential",
+            "OnePeerExponential",
+            "Hypercube",
+            "Complete",
+            "FromGraph",
+        ),
+    ),
+    Method(
+        key="overlap_local_sgd",
+        title="Overlap-Local-SGD",
+        summary="Local SGD that exchanges models in the background and pulls each towards the last mean.",
+        use_when="Ranks of Local SGD still wait for each other, or one of them is late now and then.",
+        paper=Paper(
+            title="Overlap Local-SGD: An Algorithmic Approach to Hide Communication Delays in Distributed SGD",
+            authors="Jianyu Wang, Hao Liang, Gauri Joshi",
+            venue="ICASSP",
+            year=2020,
+            url="https://arxiv.org/abs/2002.09539",
+        ),
+        plugins=(
+            Plugin(
+                name="OverlapLocalSGDStrategy",
+                kind="strategy",
+                settings={"period": 3},
+                metric_keys=(
+                    "comm/bytes_per_step",
+                    "comm/messages_per_step",
+                    "comm/blocked_seconds_per_step",
+                    "overlap/anchor_distance",
+                ),
+            ),
+        ),
+    ),
 )
 
 

@@ -68,18 +68,21 @@ class Consensus:
         """Expect buffers to differ from now on: a batch is going to be trained."""
         self._buffers_moved = self._buffers is not None
 
-    def round(self, replica: Replica) -> None:
+    def round(self, replica: Replica, *, measure: bool = False) -> Tensor | None:
         """Give all ranks the mean of their weights, for good; buffers and optimizer state as the policies say.
 
         Args:
             replica: What one optimizer trains.
+            measure: Whether to return how far this rank was from the mean.
         """
+        moved = None
         if self.exchange is not None:
-            self._average(self.exchange, replica, None, Purpose.ROUND)
+            moved = self._average(self.exchange, replica, None, Purpose.ROUND, measure=measure)
             if replica.index == 0:
                 self._share_buffers(self.exchange, Purpose.ROUND)
             self._share_state(self.exchange, replica)
         replica.share()
+        return moved
 
     def settle(self) -> None:
         """Give all ranks the mean of their candidates, for good; training is over."""
@@ -149,12 +152,19 @@ class Consensus:
 
     @staticmethod
     def _average(
-        exchange: Exchange, replica: Replica, source: Sequence[Tensor] | None, purpose: Purpose
-    ) -> None:
+        exchange: Exchange,
+        replica: Replica,
+        source: Sequence[Tensor] | None,
+        purpose: Purpose,
+        *,
+        measure: bool = False,
+    ) -> Tensor | None:
         flat = replica.flat
-        flat.pack(source)
+        flat.pack(None if source is None else [*source, *replica.passengers])
         exchange.mean(flat, purpose, replica.num_steps)
+        moved = replica.distance() if measure else None
         flat.unpack()
+        return moved
 
     def _share_buffers(self, exchange: Exchange, purpose: Purpose) -> None:
         if self._buffers is None or self.buffer_policy == "local":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,19 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_sgd.functional.flat_buffers import HEADER, FlatBuffers
-from lightning_sgd.functional.traffic import Traffic, all_reduce_traffic, broadcast_traffic
+from lightning_sgd.functional.traffic import (
+    Traffic,
+    all_reduce_traffic,
+    broadcast_traffic,
+    send_traffic,
+)
 from lightning_sgd.strategies._faults import (
     ExchangeError,
     RollCall,
     different_places,
     is_failed_exchange,
 )
+from lightning_sgd.strategies._in_flight import InFlight, PendingMean, Swap, start_messages
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -34,6 +40,8 @@ class Purpose(IntEnum):
     ROUND = 1
     CONSENSUS = 2
     STATE = 3
+    GOSSIP = 4
+    ANCHOR = 5
 
 
 NUM_TAGS = 61
@@ -47,15 +55,20 @@ class Exchange:
     inequality of Cauchy and Schwarz :math:`n\sum t^2 = (\sum t)^2` only if all tags are equal: a rank that has run
     out of data, say, is found out instead of having its consensus added to somebody's step.
 
+    Messages between neighbours carry the same tag, and whoever gets one compares it with its own.
+
     Args:
         timeout: How long a rank waits for the others.
+        in_background: Whether exchanges will go on while others do, for which they get a group of their own.
     """
 
-    def __init__(self, timeout: timedelta | None) -> None:
+    def __init__(self, timeout: timedelta | None, *, in_background: bool = False) -> None:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.traffic = Traffic()
+        self._in_flight: list[InFlight] = []
         self.world = dist.group.WORLD
         self.group = dist.new_group(timeout=timeout)
+        self.background = dist.new_group(timeout=timeout) if in_background else self.group
         # Objects travel on the CPU, whatever the backend of tensors is.
         self.objects = dist.new_group(timeout=timeout, backend="gloo")
         self.roll_call = RollCall(self.rank, self.num_ranks, _get_default_store())
@@ -82,6 +95,74 @@ class Exchange:
                 if not _is_stamped_alike(buffer, self.num_ranks):
                     self._raise_mismatch(purpose, step)
                 buffer.div_(self.num_ranks)
+
+    def start_mean(self, flat: FlatBuffers, step: int) -> PendingMean:
+        """Begin to replace what is in the buffers by its mean over the ranks, without waiting.
+
+        Args:
+            flat: Packed; to be left alone until :meth:`finish_mean`.
+            step: Optimizer steps so far; the same on all ranks.
+        """
+        pending = PendingMean(flat=flat, step=step)
+        with self._timed(Purpose.ANCHOR, step):
+            for buffer in flat.buffers:
+                _stamp(buffer, _tag(Purpose.ANCHOR, step))
+                work = dist.all_reduce(buffer, group=self.background, async_op=True)
+                pending.works.append(work)
+                self._count(*all_reduce_traffic(buffer.nbytes, self.num_ranks))
+        self._in_flight.append(pending)
+        return pending
+
+    def finish_mean(self, pending: PendingMean) -> None:
+        """Wait until the mean is there; all ranks get the same bits.
+
+        Args:
+            pending: In flight.
+        """
+        self._in_flight.remove(pending)
+        with self._timed(Purpose.ANCHOR, pending.step):
+            pending.wait()
+        for buffer in pending.flat.buffers:
+            if not _is_stamped_alike(buffer, self.num_ranks):
+                self._raise_mismatch(Purpose.ANCHOR, pending.step)
+            buffer.div_(self.num_ranks)
+
+    def start_swap(
+        self,
+        outgoing: Sequence[Tensor],
+        send: Sequence[int],
+        receive: Mapping[int, Sequence[Tensor]],
+        step: int,
+    ) -> Swap:
+        """Send buffers to some ranks and receive as many from others, without waiting.
+
+        Args:
+            outgoing: To be left alone until they have arrived.
+            send: To whom.
+            receive: From whom, and where to.
+            step: Optimizer steps so far; the same on all ranks.
+        """
+        swap = Swap(receive=receive, step=step)
+        with self._timed(Purpose.GOSSIP, step):
+            for buffer in outgoing:
+                _stamp(buffer, _tag(Purpose.GOSSIP, step))
+                self._count(*send_traffic(buffer.nbytes, len(send)))
+            swap.works = start_messages(outgoing, send, receive, self.background)
+        self._in_flight.append(swap)
+        return swap
+
+    def finish_swap(self, swap: Swap) -> None:
+        """Wait until everything has arrived, here and there.
+
+        Args:
+            swap: In flight.
+        """
+        self._in_flight.remove(swap)
+        with self._timed(Purpose.GOSSIP, swap.step):
+            swap.wait()
+        for peer, buffers in swap.receive.items():
+            if any(int(buffer[0]) != _tag(Purpose.GOSSIP, swap.step) for buffer in buffers):
+                self._raise_stray(peer, swap.step)
 
     def broadcast(self, flat: FlatBuffers, purpose: Purpose, step: int) -> None:
         """Replace what is in the buffers by what rank 0 has in them.
@@ -152,11 +233,22 @@ class Exchange:
 
     def hang_up(self) -> None:
         """Close all connections, so that ranks that wait for this one learn of its failure at once."""
+        for exchange in self._in_flight:
+            exchange.works.clear()
         self.__dict__.pop("group", None)
+        self.__dict__.pop("background", None)
         self.__dict__.pop("objects", None)
         self.__dict__.pop("world", None)
         with suppress(Exception):
             dist.destroy_process_group()
+
+    def _raise_stray(self, peer: int, step: int) -> None:
+        place = _place(Purpose.GOSSIP, step)
+        self.hang_up()
+        said = self.roll_call.take(place)
+        raise ExchangeError(
+            f"Rank {self.rank} is in the exchange of {place}, but rank {peer} sent it a message of another one. {said}"
+        )
 
     def _raise_mismatch(self, purpose: Purpose, step: int) -> None:
         places = self.gather_everywhere(_place(purpose, step))

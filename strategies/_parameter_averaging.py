@@ -110,6 +110,10 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         """
         return None
 
+    def own_metrics(self) -> dict[str, float]:
+        """What else to log beside the traffic, by key."""
+        return {}
+
     def own_state(self) -> dict[str, Any]:
         """What a subclass needs of its own to resume: tensors, numbers, strings, lists, dictionaries."""
         return {}
@@ -120,6 +124,9 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         Args:
             state: What it returned on this rank.
         """
+
+    in_background = False
+    """Whether a subclass exchanges while it computes, which takes a process group more."""
 
     # What a subclass uses.
 
@@ -133,14 +140,15 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         """What this rank trains, one by optimizer; none outside of training."""
         return [] if self.consensus is None else self.consensus.replicas
 
-    def average(self, replica: Replica) -> None:
+    def average(self, replica: Replica, *, measure: bool = False) -> Tensor | None:
         """Give all ranks the mean of their weights, and treat buffers and optimizer state as the settings say.
 
         Args:
             replica: What one optimizer trains.
+            measure: Whether to return how far this rank was from the mean.
         """
         assert self.consensus is not None
-        self.consensus.round(replica)
+        return self.consensus.round(replica, measure=measure)
 
     # Set-up.
 
@@ -160,7 +168,7 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
             return
         refuse_unsupported(self)
         if self.world_size > 1 and (self.exchange is None or not self.exchange.is_valid):
-            self.exchange = Exchange(self._timeout)
+            self.exchange = Exchange(self._timeout, in_background=self.in_background)
         super().setup(trainer)
         refuse_unsupported(self)  # now the optimizers are known
         self._begin()
@@ -216,6 +224,7 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
 
         def closure_then_exchange() -> Any:
             result = closure()
+            replica.loss = result.detach() if isinstance(result, Tensor) else None
             self.before_step(replica)
             return result
 
@@ -375,7 +384,7 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         if every == 0 or traffic.num_steps % every:
             return
-        values = (traffic - self._logged).per_step()
+        values = {**(traffic - self._logged).per_step(), **self.own_metrics()}
         self._logged = traffic - Traffic()
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sgd.functional.flat_buffers import FlatBuffers, unique
+from lightning_sgd.functional.flat_buffers import FlatBuffers, distance, unique
 
 
 class Replica:
@@ -25,12 +25,16 @@ class Replica:
         num_steps: Optimizer steps so far, those that a GradScaler skipped included.
         num_since: Steps since the ranks last had the same weights.
         is_shared: Whether all ranks have the same weights now.
+        loss: Of the last step, where its closure returned one.
+        passengers: Small tensors that travel with the parameters whenever they are exchanged.
     """
 
     def __init__(self, index: int, optimizer: Optimizer) -> None:
         self.index, self.optimizer = index, optimizer
         self.num_steps, self.num_since = 0, 0
         self.is_shared = True
+        self.loss: Tensor | None = None
+        self.passengers: list[Tensor] = []
         self._flat: FlatBuffers | None = None
 
     @property
@@ -44,8 +48,8 @@ class Replica:
 
     @property
     def flat(self) -> FlatBuffers:
-        """The buffers that the parameters travel in."""
-        tensors = self.tensors
+        """The buffers that the parameters travel in, and with them the passengers."""
+        tensors = [*self.tensors, *self.passengers]
         if self._flat is None or not self._flat.holds(tensors):
             self._flat = FlatBuffers(tensors)
         return self._flat
@@ -59,6 +63,10 @@ class Replica:
     def share(self) -> None:
         """Note that all ranks have the same weights now."""
         self.num_since, self.is_shared = 0, True
+
+    def distance(self) -> Tensor:
+        """How far the parameters are from what is in the buffers."""
+        return distance(self.tensors, self.flat.views)
 
     def release(self) -> None:
         """Free the buffers until they are needed again."""

@@ -95,6 +95,24 @@ class FlatBuffers:
         return views
 
 
+@torch.no_grad()
+def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Euclidean distance between two models, one number on their device.
+
+    Args:
+        tensors: One model.
+        others: The other, in the same order; may be longer.
+
+    Example:
+        >>> distance([torch.zeros(2), torch.zeros(1)], [torch.tensor([2.0, 3.0]), torch.tensor([6.0])])
+        tensor(7.)
+    """
+    pairs = zip(tensors, others, strict=False)
+    norms = [torch.linalg.vector_norm(_real(x) - _real(y)) for x, y in pairs]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
 def unique(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor once, in the order of first occurrence.
 

@@ -59,6 +59,20 @@ def all_reduce_traffic(num_bytes: int, num_ranks: int) -> tuple[float, int]:
     return num_messages * num_bytes / num_ranks, num_messages
 
 
+def send_traffic(num_bytes: int, num_receivers: int) -> tuple[float, int]:
+    """Bytes and messages of a rank that sends to some others.
+
+    Args:
+        num_bytes: Size of the tensor.
+        num_receivers: Number of ranks that get all of it.
+
+    Example:
+        >>> send_traffic(4000, 2)
+        (8000.0, 2)
+    """
+    return float(num_bytes * num_receivers), num_receivers
+
+
 def broadcast_traffic(num_bytes: int, num_ranks: int) -> tuple[float, int]:
     """Bytes and messages that a rank sends in a broadcast along a tree, the mean over the ranks rounded up.
 

@@ -1,0 +1,203 @@
+"""Local SGD whose exchange goes on during the next round."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_sgd._validation import expect
+from lightning_sgd.functional.overlap_local_sgd import effective_step
+from lightning_sgd.strategies._anchor import Anchor
+from lightning_sgd.strategies._consensus import BufferPolicy
+from lightning_sgd.strategies._parameter_averaging import (
+    InitialWeights,
+    ParameterAveragingStrategy,
+    StartMethod,
+)
+from lightning_sgd.strategies._replica import Replica
+
+
+class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
+    r"""Each rank trains on its own; every ``period`` steps it is pulled towards a mean that arrived in the background.
+
+    After every τ steps of its own optimizer rank i is pulled back to the anchor that is there,
+
+    .. math::
+        x_i \leftarrow (1-\alpha)\, x_i + \alpha z,
+
+    and goes on at once, while the mean of the pulled-back models travels. At the next boundary it has arrived, and
+
+    .. math::
+        v \leftarrow \beta v + (\bar x - z), \qquad z \leftarrow z + v
+
+    moves the anchor. Nobody waits as long as an exchange takes less time than τ steps, and a rank that is late once
+    holds nobody up. A rank that is always slow still sets the pace.
+
+    In the long run a step counts for only (1 − α)/(1 − αβ) of its size, 0.69 by default: raise the step size, or set
+    ``lr_compensation``. On one rank nothing is exchanged and nothing is pulled.
+
+    Cost per rank: 2(n − 1)/n times the bytes of the parameters (32 bits or more) every τ steps, in the background;
+    three copies of the parameters in memory, one more while all ranks are evaluated.
+
+    Args:
+        period: Optimizer steps from one boundary to the next [τ].
+        pullback: Share of the way back to the anchor [α], in (0, 1).
+        anchor_momentum: Momentum of the anchor [β], in [0, 1).
+        lr_compensation: Take steps that are larger by (1 − αβ)/(1 − α), 1.45 by default. The step size that schedulers
+            and loggers see stays as it is.
+        scale_velocity_with_lr: Keep the velocity of the anchor in proportion to the step size (that of the first
+            parameter group), so that after a drop it does not go on at the old speed.
+        eval_model: What is validated, and what is in checkpoints and left at the end: the ``mean`` of the models, or
+            the ``anchor``, which lags one round behind. With ``local`` each rank validates its own model, and
+            checkpoints and the end are as with ``mean``.
+        buffers: What becomes of floating-point buffers, such as the statistics of batch normalisation, for validation,
+            checkpoints and at the end: ``average`` them too, leave each rank its own (``local``), or take those of
+            ``rank0``.
+        initial_weights: ``broadcast`` those of rank 0, or only ``verify`` that all ranks have the same.
+        sigterm_every_n_batches: How often all ranks agree whether to stop on SIGTERM. Lightning does before every
+            batch, which keeps the ranks in lock-step; 0 for never, without which no rank can run ahead.
+        process_group_backend: As of ``DDPStrategy``; by default NCCL on GPUs and gloo elsewhere.
+        timeout: How long a rank waits for the others before it gives up.
+        start_method: How processes are started on one machine; ``popen`` for scripts, ``fork`` for notebooks.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> strategy = OverlapLocalSGDStrategy(period=2, lr_compensation=True)
+        >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
+
+    Reference:
+        Jianyu Wang, Hao Liang, Gauri Joshi. Overlap Local-SGD: An Algorithmic Approach to Hide Communication Delays in
+        Distributed SGD. ICASSP 2020.
+    """
+
+    in_background = True
+
+    def __init__(
+        self,
+        period: int = 2,
+        pullback: float = 0.6,
+        anchor_momentum: float = 0.7,
+        lr_compensation: bool = False,
+        scale_velocity_with_lr: bool = True,
+        eval_model: Literal["mean", "anchor", "local"] = "mean",
+        buffers: BufferPolicy = "average",
+        initial_weights: InitialWeights = "broadcast",
+        sigterm_every_n_batches: int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        start_method: StartMethod = "popen",
+    ) -> None:
+        super().__init__(
+            buffers,
+            "keep",
+            initial_weights,
+            sigterm_every_n_batches,
+            process_group_backend,
+            timeout,
+            start_method,
+        )
+        expect(period >= 1, "period", "at least 1", period, "The default is 2.")
+        remedy = "With 1 training stands still, with 0 ranks never meet; 0.6 is the default."
+        expect(0 < pullback < 1, "pullback", "in (0, 1)", pullback, remedy)
+        remedy = "0 is no momentum, 0.7 is the default."
+        valid = 0 <= anchor_momentum < 1
+        expect(valid, "anchor_momentum", "in [0, 1)", anchor_momentum, remedy)
+        self.period, self.pullback, self.anchor_momentum = period, pullback, anchor_momentum
+        self.lr_compensation, self.scale_velocity_with_lr = lr_compensation, scale_velocity_with_lr
+        self.eval_model = eval_model
+        self._forget()
+
+    def describe(self) -> str:
+        """When models are pulled together, and what that does to the step size."""
+        effective = effective_step(self.pullback, self.anchor_momentum)
+        steps = "compensated" if self.lr_compensation else f"counting {effective:.2f} of their size"
+        return (
+            f"pulled towards their mean of one round ago every {self.period} steps, steps {steps}"
+        )
+
+    def setup(self, trainer: Trainer) -> None:
+        """Make an anchor for what each optimizer trains."""
+        super().setup(trainer)
+        self._forget()
+        if self.exchange is None:
+            return
+        for replica in self.replicas:
+            anchor = Anchor(
+                self.exchange,
+                replica,
+                self.pullback,
+                self.anchor_momentum,
+                scales_with_lr=self.scale_velocity_with_lr,
+            )
+            self._anchors.append(anchor)
+
+    def before_step(self, replica: Replica) -> None:
+        """Give parameters that are new their anchor, and make the step larger."""
+        if not self._anchors:
+            return
+        self._anchors[replica.index].settle()
+        if self.lr_compensation and replica.index not in self._given:
+            groups = replica.optimizer.param_groups
+            self._given[replica.index] = [group["lr"] for group in groups]
+            factor = 1 / effective_step(self.pullback, self.anchor_momentum)
+            for group in groups:
+                group["lr"] = group["lr"] * factor
+
+    def after_step(self, replica: Replica) -> None:
+        """Put the step size back; at a boundary, pull back and start the next exchange."""
+        given = self._given.pop(replica.index, None)
+        if given is not None:
+            for group, lr in zip(replica.optimizer.param_groups, given, strict=True):
+                group["lr"] = lr
+        if self._anchors and replica.num_steps % self.period == 0:
+            self._anchors[replica.index].cross()
+
+    def candidate(self, replica: Replica) -> list[Tensor] | None:
+        """The anchor, if that is to be evaluated."""
+        if self.eval_model != "anchor" or not self._anchors:
+            return None
+        anchor = self._anchors[replica.index]
+        anchor.arrive()
+        return None if anchor.place is None else anchor.place.views
+
+    def on_validation_start(self) -> None:
+        """Wait for what is on its way, and evaluate the mean unless each rank is to evaluate its own model."""
+        self._drain()
+        if self.eval_model != "local":
+            super().on_validation_start()
+
+    def on_train_end(self) -> None:
+        """Wait for what is on its way: a rank that leaves before would hang up on the others."""
+        self._drain()
+        super().on_train_end()
+
+    def own_metrics(self) -> dict[str, float]:
+        """How far this rank was from the anchor at the last boundary."""
+        moved = [float(anchor.moved) for anchor in self._anchors if anchor.moved is not None]
+        return {"overlap/anchor_distance": math.hypot(*moved)} if moved else {}
+
+    def own_state(self) -> dict[str, Any]:
+        """Anchors and their velocities; what is on its way is waited for."""
+        if not self._has_failed:
+            self._drain()
+        return {"anchors": [anchor.state_dict() for anchor in self._anchors]}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Go on with anchors and velocities."""
+        for anchor, saved in zip(self._anchors, state["anchors"], strict=True):
+            anchor.load_state_dict(saved)
+
+    def _drain(self) -> None:
+        for anchor in self._anchors:
+            anchor.arrive()
+
+    def _forget(self) -> None:
+        self._anchors: list[Anchor] = []
+        self._given: dict[int, list[Any]] = {}
