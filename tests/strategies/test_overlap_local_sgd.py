@@ -376,7 +376,7 @@ def fit(folder, ranks, resume=None, saves=True, **settings):
 
 @pytest.mark.parametrize(("at", "ranks"), [(4, 4), (5, 2), (1, 2)])
 def test_resume_is_exact_in_flight_and_in_the_middle_of_a_round(tmp_path, at, ranks):
-    settings = {"period": 4, "lr_compensation": True}
+    settings = {"period": 2, "lr_compensation": True}
     plain = fit(tmp_path / "plain", ranks, saves=False, **settings)
     through = fit(tmp_path / "through", ranks, **settings)
     resumed = fit(tmp_path / "resumed", ranks, tmp_path / "through" / f"{at}.ckpt", **settings)
