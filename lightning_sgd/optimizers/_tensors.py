@@ -74,7 +74,7 @@ def refuse_sparse(params: Iterable[Tensor], name: str) -> None:
     Raises:
         ValueError: If a gradient is sparse.
     """
-    if any(param.grad is not None and param.grad.is_sparse for param in params):
+    if any((grad := param.grad) is not None and grad.is_sparse for param in params):
         raise ValueError(
             f"Expected gradients to be dense for {name}, got a sparse one. "
             "Use `sparse=False` in the embedding, or torch.optim.SparseAdam for it."
@@ -136,6 +136,31 @@ def scalar_states(optimizer: Optimizer, params: list[Tensor], name: str) -> list
         if name not in state:
             state[name] = torch.zeros((), dtype=scalar_dtype(param), device=param.device)
     return [state[name] for state in states]
+
+
+def scalar_buffer(optimizer: Optimizer, params: list[Tensor], name: str) -> Tensor:
+    """:func:`scalar_states` as one tensor, of which the states are views: to change it is to change them.
+
+    States that are not yet, or no longer, neighbours in memory are moved.
+
+    Args:
+        optimizer: Owner of the states.
+        params: Some of its parameters, of one device and dtype.
+        name: Key of the state.
+    """
+    values = scalar_states(optimizer, params, name)
+    buffer = values[0]._base
+    if (
+        buffer is not None
+        and buffer.shape == (len(values),)
+        and all(value._base is buffer for value in values)
+        and [value.storage_offset() for value in values] == list(range(len(values)))
+    ):
+        return buffer
+    buffer = torch.stack(values)
+    for param, value in zip(params, buffer.unbind(), strict=True):
+        optimizer.state[param][name] = value
+    return buffer
 
 
 def scalar_dtype(param: Tensor) -> torch.dtype:

@@ -360,7 +360,7 @@ def test_the_kernel_without_waiting_makes_the_same_steps(maximize, decay):
     for step in (novograd_for_loop_, novograd_fused_without_waiting_):
         params = [param.detach() for param in parameters(torch.float64)]
         momenta = [torch.zeros_like(param) for param in params]
-        moments = [torch.zeros((), dtype=torch.float64) for _ in params]
+        moments = torch.zeros(len(params), dtype=torch.float64)
         for t in range(5):
             grads = list(gradients(params, t))
             numbers = novograd_coefficients_(grads, moments, None, None, settings)
