@@ -29,17 +29,16 @@ def small_by_shape(tensors: list[Tensor]) -> tuple[list[list[int]], list[int]]:
     by_shape: dict[torch.Size, list[int]] = {}
     others = []
     for place, tensor in enumerate(tensors):
-        if tensor.is_contiguous():
+        if 0 < tensor.numel() <= SMALL and tensor.is_contiguous():
             by_shape.setdefault(tensor.shape, []).append(place)
         else:
             others.append(place)
     portions = []
     for shape, places in by_shape.items():
-        size = shape.numel()
-        if len(places) == 1 or not 0 < size <= SMALL:
+        if len(places) == 1:
             others += places
         else:
-            num = _PORTION // size
+            num = _PORTION // shape.numel()
             portions += [places[i : i + num] for i in range(0, len(places), num)]
     return portions, sorted(others)
 

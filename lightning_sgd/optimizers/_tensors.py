@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from operator import eq
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -113,8 +114,12 @@ def tensors_by_type(
 def _by_type(lists: Lists) -> dict[TensorType, Lists]:
     """Split parallel lists by type; a single type, the usual case, needs no sorting tensor by tensor."""
     params = lists[0]
-    strides = [[tensor.stride() for tensor in tensors] for tensors in lists]
-    if len({(p.device, p.dtype) for p in params}) == 1 and all(s == strides[0] for s in strides):
+    # Compared one by one: thousands of tuples at a time would wake the garbage collector.
+    aligned = all(
+        all(map(eq, map(Tensor.stride, params), map(Tensor.stride, tensors)))
+        for tensors in lists[1:]
+    )
+    if aligned and len({(p.device, p.dtype) for p in params}) == 1:
         return {TensorType(params[0].device, params[0].dtype, aligned=True): lists}
     rows: dict[TensorType, list[tuple[Tensor, ...]]] = {}
     for row in zip(*lists, strict=True):
@@ -153,8 +158,7 @@ def scalar_buffer(optimizer: Optimizer, params: list[Tensor], name: str) -> Tens
     if (
         buffer is not None
         and buffer.shape == (len(values),)
-        and all(value._base is buffer for value in values)
-        and [value.storage_offset() for value in values] == list(range(len(values)))
+        and all(v._base is buffer and v.storage_offset() == i for i, v in enumerate(values))
     ):
         return buffer
     buffer = torch.stack(values)
