@@ -149,14 +149,20 @@ class Result:
 class Workload:
     """Parameters and gradients, shared by all candidates so that none has luckier addresses."""
 
-    def __init__(self, parameters: int, tensors: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: int,
+        tensors: int,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         generator = torch.Generator(device).manual_seed(0)
         sizes = [len(range(i, parameters, tensors)) for i in range(tensors)]
 
         def normal(size: int) -> Tensor:
             return torch.randn(size, generator=generator, device=device)
 
-        self.device = device
+        self.device, self.clock = device, clock
         self.params = [normal(size).requires_grad_() for size in sizes]
         self.gradients = [normal(size) for size in sizes]
         for param in self.params:
@@ -175,10 +181,10 @@ class Workload:
     def time_step(self, optimizer: Optimizer) -> float:
         """Seconds of one step, from the call until the device is done."""
         self.refresh_gradients()
-        start = time.perf_counter()
+        start = self.clock()
         optimizer.step()
         self.wait()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def temporary_mib(self, optimizer: Optimizer) -> float | None:
         """Peak of the memory that a step takes and gives back, where the device counts it."""
@@ -207,10 +213,15 @@ def time_rounds(
 
 
 def compare(
-    method: str, parameters: int, tensors: int, device: torch.device, seconds: float
+    method: str,
+    parameters: int,
+    tensors: int,
+    device: torch.device,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Result]:
     """All candidates at one size."""
-    work = Workload(parameters, tensors, device)
+    work = Workload(parameters, tensors, device, clock)
     optimizers = {candidate.name: candidate.make(work.params) for candidate in candidates(method)}
     times = time_rounds(work, optimizers, seconds)
     results = []
@@ -311,6 +322,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--sizes", nargs="+", default=SIZES, metavar="PARAMETERSxTENSORS", help=" ".join(SIZES)
     )
     parser.add_argument("--seconds", type=float, default=15, help="time per size (default: 15)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time of the one thread, for a machine that is busy"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers there")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="also write the table there")
@@ -327,8 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in ["1e5x8"] if options.quick else options.sizes:
         parameters, tensors = (int(float(number)) for number in size.split("x"))
         seconds = 0.2 if options.quick else options.seconds
-        results += compare(options.method, parameters, tensors, options.device, seconds)
+        clock = time.thread_time if options.cpu_time else time.perf_counter
+        results += compare(options.method, parameters, tensors, options.device, seconds, clock)
     table, description = as_table(results), describe(options.method, options.device)
+    if options.cpu_time:
+        description += " CPU time of the thread, on a machine shared with other work."
     Console().print(table)
     print(description)
     if options.json:

@@ -33,9 +33,13 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_sgd.functional.small_tensors import small_by_shape, stack_scaled
 from lightning_sgd.functional.squared_norms import squared_norms
 
 NovoGradVariant: TypeAlias = Literal["paper", "apex", "openseq2seq"]
+
+Lists: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor]]
+"""Parameters, gradients and momenta."""
 
 _SMALLEST_DENOMINATOR = 1e-30
 """Below the root of the smallest float: it only keeps 0/0 from arising where v and eps are both zero."""
@@ -86,9 +90,9 @@ class NovoGradCoefficients:
 
 def novograd_coefficients_(
     grads: list[Tensor],
-    second_moments: list[Tensor],
-    largest: list[Tensor] | None,
-    steps: list[Tensor] | None,
+    second_moments: Tensor,
+    largest: Tensor | None,
+    steps: Tensor | None,
     settings: NovoGradSettings,
 ) -> NovoGradCoefficients:
     """Move the second moments on by one step, and say what follows for momentum and parameters.
@@ -97,23 +101,23 @@ def novograd_coefficients_(
 
     Args:
         grads: Gradients of one device; left as they are.
-        second_moments: One scalar each [v], changed in place; zero as long as no gradient other than zero came.
-        largest: One scalar each, the largest v so far, changed in place; ``None`` divides by v itself.
-        steps: Number of steps so far, this one included, for the form of apex.
+        second_moments: One number per tensor [v], of shape (number of tensors,), changed in place; zero as long as no
+            gradient other than zero came.
+        largest: The largest v so far, of the same shape, changed in place; ``None`` divides by v itself.
+        steps: Number of steps so far, this one included, of the same shape, for the form of apex.
         settings: See :class:`NovoGradSettings`.
     """
-    squares = squared_norms(grads, second_moments[0].dtype)
-    old = torch.stack(second_moments)
-    first = (old == 0) & (squares > 0)
+    squares = squared_norms(grads, second_moments.dtype)
+    first = second_moments == 0
     # In this form, unlike in β₂v + (1 − β₂)‖g‖², an overflow becomes NaN at the next step and is seen.
-    new = torch.where(first, squares, old.lerp(squares, 1 - settings.beta2))
-    torch._foreach_copy_(second_moments, list(new.unbind()))
+    new = torch.where(first, squares, second_moments.lerp(squares, 1 - settings.beta2))
+    second_moments.copy_(new)
     if largest is not None:
-        new = torch.maximum(torch.stack(largest), new)
-        torch._foreach_copy_(largest, list(new.unbind()))
+        new = torch.maximum(largest, new)
+        largest.copy_(new)
     if settings.variant == "apex":
         assert steps is not None
-        return _coefficients_of_apex(new, torch.stack(steps).to(new), settings)
+        return _coefficients_of_apex(new, steps, settings)
     if settings.variant == "openseq2seq":
         scale = _reciprocal((new + settings.eps).sqrt())
         first = torch.zeros_like(first)
@@ -121,7 +125,7 @@ def novograd_coefficients_(
         scale = _reciprocal(new.sqrt() + settings.eps)
     if not settings.grad_averaging:
         return NovoGradCoefficients(scale, settings.weight_decay)
-    gain = torch.where(first, 1.0, torch.full_like(new, 1 - settings.beta1))
+    gain = torch.where(first & (squares > 0), 1.0, torch.full_like(new, 1 - settings.beta1))
     return NovoGradCoefficients(scale * gain, settings.weight_decay * gain)
 
 
@@ -211,26 +215,26 @@ def novograd_fused_(
 ) -> None:
     """:func:`novograd_for_loop_` by torch's fused kernel of SGD with momentum, for β₁ > 0.
 
-    On the CPU the kernel runs tensor by tensor, with :math:`1 - a` as dampening and :math:`b/a` as weight decay. Other
-    devices, which must not be waited for, see :func:`novograd_fused_without_waiting_`.
+    On the CPU the kernel runs tensor by tensor, with :math:`1 - a` as dampening and :math:`b/a` as weight decay. Small
+    tensors of equal shapes go through it together, with copies of their gradients, times a. Other devices, which must
+    not be waited for, see :func:`novograd_fused_without_waiting_`.
 
     Ask :func:`fused_novograd_works` first: the kernel is private API.
     """
-    beta1, num = settings.beta1, len(params)
     if params[0].device.type != "cpu":
         novograd_fused_without_waiting_(
             params, grads, momenta, coefficients, lr=lr, settings=settings, maximize=maximize
         )
         return
-    gains = coefficients.gradient.tolist()
-    decays = _numbers(coefficients.decay, num)
-    steps = _numbers(1.0 if coefficients.step is None else coefficients.step, num)
-    rows = zip(params, grads, momenta, gains, decays, steps, strict=True)
-    for param, grad, momentum, a, b, c in rows:
-        if a < _SMALLEST_GAIN:
-            _fused_sgd_([param], [grad * a], [momentum], 1.0, b, lr * c, beta1, maximize)
-        else:
-            _fused_sgd_([param], [grad], [momentum], a, b, lr * c, beta1, maximize)
+    others = list(range(len(params)))
+    # Where the coefficients are more precise than the gradients, scaled copies would lose what the kernel keeps.
+    if settings.uniform and coefficients.gradient.dtype == grads[0].dtype:
+        portions, others = small_by_shape(grads)
+        for places in portions:
+            _fused_on_copies_(
+                places, (params, grads, momenta), coefficients, lr, settings, maximize
+            )
+    _fused_one_by_one_(others, (params, grads, momenta), coefficients, lr, settings.beta1, maximize)
 
 
 def novograd_fused_without_waiting_(
@@ -262,6 +266,39 @@ def novograd_fused_without_waiting_(
         maximize=False,
         is_first_step=False,
     )
+
+
+def _fused_on_copies_(
+    places: list[int],
+    lists: Lists,
+    coefficients: NovoGradCoefficients,
+    lr: float | Tensor,
+    settings: NovoGradSettings,
+    maximize: bool,
+) -> None:
+    """Make the step of some tensors of one shape in one call of the kernel."""
+    params, grads, momenta = ([tensors[place] for place in places] for tensors in lists)
+    copies = stack_scaled(grads, coefficients.gradient[torch.tensor(places)])
+    _fused_sgd_(params, copies, momenta, 1.0, settings.weight_decay, lr, settings.beta1, maximize)
+
+
+def _fused_one_by_one_(
+    places: list[int],
+    lists: Lists,
+    coefficients: NovoGradCoefficients,
+    lr: float | Tensor,
+    beta1: float,
+    maximize: bool,
+) -> None:
+    params, grads, momenta = lists
+    gains = coefficients.gradient.tolist()
+    decays = _numbers(coefficients.decay, len(params))
+    steps = _numbers(1.0 if coefficients.step is None else coefficients.step, len(params))
+    for i in places:
+        param, grad, a = params[i], grads[i], gains[i]
+        if a < _SMALLEST_GAIN:
+            grad, a = grad * a, 1.0
+        _fused_sgd_([param], [grad], [momenta[i]], a, decays[i], lr * steps[i], beta1, maximize)
 
 
 def _numbers(value: float | Tensor, num: int) -> list[float]:
@@ -299,16 +336,17 @@ def fused_novograd_works(device_type: str, dtype: torch.dtype) -> bool:
     """Whether torch's kernel, here and now, makes the step that is asked of it.
 
     The answer is found by one step of which the result is known: w = 1, g = 2, m = ½ with β₁ = ½, a = ¼, b = λ = ⅛
-    leads to m = ⅞ and w = 57/64.
+    leads to m = ⅞ and w = 57/64; likewise for multiples of these. There are enough of them, and different ones, because
+    torch 2.13 on a CPU leaves garbage in momenta of half precision with 16 elements and more.
 
     Args:
         device_type: For example ``"cpu"`` or ``"cuda"``.
         dtype: Floating-point type of parameters, gradients and momenta.
     """
-    one = torch.ones(1, dtype=dtype, device=device_type)
+    one = (2.0 ** (torch.arange(67, device=device_type) % 7)).to(dtype)
     param, grad, momentum = one.clone(), one * 2, one / 2
     try:
         _fused_sgd_([param], [grad], [momentum], 0.25, 0.125, 0.125, 0.5, maximize=False)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
-    return bool(((momentum == 0.875) & (param == 0.890625)).all())
+    return torch.equal(momentum, one * 0.875) and torch.equal(param, one * 0.890625)

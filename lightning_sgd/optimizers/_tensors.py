@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from operator import eq
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -74,7 +75,7 @@ def refuse_sparse(params: Iterable[Tensor], name: str) -> None:
     Raises:
         ValueError: If a gradient is sparse.
     """
-    if any(param.grad is not None and param.grad.is_sparse for param in params):
+    if any((grad := param.grad) is not None and grad.is_sparse for param in params):
         raise ValueError(
             f"Expected gradients to be dense for {name}, got a sparse one. "
             "Use `sparse=False` in the embedding, or torch.optim.SparseAdam for it."
@@ -113,8 +114,12 @@ def tensors_by_type(
 def _by_type(lists: Lists) -> dict[TensorType, Lists]:
     """Split parallel lists by type; a single type, the usual case, needs no sorting tensor by tensor."""
     params = lists[0]
-    strides = [[tensor.stride() for tensor in tensors] for tensors in lists]
-    if len({(p.device, p.dtype) for p in params}) == 1 and all(s == strides[0] for s in strides):
+    # Compared one by one: thousands of tuples at a time would wake the garbage collector.
+    aligned = all(
+        all(map(eq, map(Tensor.stride, params), map(Tensor.stride, tensors)))
+        for tensors in lists[1:]
+    )
+    if aligned and len({(p.device, p.dtype) for p in params}) == 1:
         return {TensorType(params[0].device, params[0].dtype, aligned=True): lists}
     rows: dict[TensorType, list[tuple[Tensor, ...]]] = {}
     for row in zip(*lists, strict=True):
@@ -136,6 +141,30 @@ def scalar_states(optimizer: Optimizer, params: list[Tensor], name: str) -> list
         if name not in state:
             state[name] = torch.zeros((), dtype=scalar_dtype(param), device=param.device)
     return [state[name] for state in states]
+
+
+def scalar_buffer(optimizer: Optimizer, params: list[Tensor], name: str) -> Tensor:
+    """:func:`scalar_states` as one tensor, of which the states are views: to change it is to change them.
+
+    States that are not yet, or no longer, neighbours in memory are moved.
+
+    Args:
+        optimizer: Owner of the states.
+        params: Some of its parameters, of one device and dtype.
+        name: Key of the state.
+    """
+    values = scalar_states(optimizer, params, name)
+    buffer = values[0]._base
+    if (
+        buffer is not None
+        and buffer.shape == (len(values),)
+        and all(v._base is buffer and v.storage_offset() == i for i, v in enumerate(values))
+    ):
+        return buffer
+    buffer = torch.stack(values)
+    for param, value in zip(params, buffer.unbind(), strict=True):
+        optimizer.state[param][name] = value
+    return buffer
 
 
 def scalar_dtype(param: Tensor) -> torch.dtype:

@@ -30,7 +30,7 @@ from lightning_sgd.optimizers._tensors import (
     refuse_complex,
     refuse_sharded,
     restore_scalar_states,
-    scalar_states,
+    scalar_buffer,
     tensors_by_type,
 )
 
@@ -182,8 +182,8 @@ class NovoGrad(Optimizer):
                 torch._foreach_mul_(params, 1 - lr * decay)
             coefficients = novograd_coefficients_(
                 grads,
-                scalar_states(self, params, "second_moment"),
-                scalar_states(self, params, "max_second_moment") if group["amsgrad"] else None,
+                scalar_buffer(self, params, "second_moment"),
+                scalar_buffer(self, params, "max_second_moment") if group["amsgrad"] else None,
                 self._count(params) if group["variant"] == "apex" else None,
                 settings,
             )
@@ -198,10 +198,8 @@ class NovoGrad(Optimizer):
                 maximize=group["maximize"],
             )
 
-    def _count(self, params: list[Tensor]) -> list[Tensor]:
-        steps = scalar_states(self, params, "step")
-        torch._foreach_add_(steps, 1)
-        return steps
+    def _count(self, params: list[Tensor]) -> Tensor:
+        return scalar_buffer(self, params, "step").add_(1)
 
 
 def _fusible(kind: TensorType, settings: NovoGradSettings) -> tuple[str, torch.dtype, bool]:

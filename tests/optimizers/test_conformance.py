@@ -95,6 +95,7 @@ def test_a_tensor_step_size_changed_in_place_equals_a_float(make, implementation
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore:.fused=True. has no effect for some torch.bfloat16")
 def test_resume_from_a_file_is_bit_exact_and_keeps_types(make, implementation, dtype):
     params = parameters(dtype)
     optimizer = make(params)
@@ -117,6 +118,7 @@ def test_resume_from_a_file_is_bit_exact_and_keeps_types(make, implementation, d
 
 
 @pytest.mark.compatible("bfloat16 parameters")
+@pytest.mark.filterwarnings("ignore:.fused=True. has no effect for some torch.bfloat16")
 def test_bfloat16_parameters_stay_finite_and_follow_float32(make, implementation):
     low, full = parameters(torch.bfloat16), parameters(torch.float32)
     run(make(low), low, steps=5)
@@ -127,6 +129,7 @@ def test_bfloat16_parameters_stay_finite_and_follow_float32(make, implementation
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.filterwarnings("ignore:.fused=True. has no effect for some torch.bfloat16")
 def test_every_implementation_makes_the_same_steps(make, implementation, plugin, dtype):
     # Mixed types, a parameter that joins late, a schedule and weight decay: the paths must not part.
     if implementation == "default":
