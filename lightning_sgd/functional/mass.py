@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect
+from lightning_sgd.functional.probes import powers_of_two
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +194,13 @@ def fused_mass_works(device_type: str, dtype: torch.dtype) -> bool:
     """Whether torch's kernel, here and now, makes the step that the paper defines.
 
     The answer is found by making one step of which the result is known: u = 1, g = 2, γ = ½, r = ⅕, η1 = 0.125
-    leads to u = 0.675 with stored buffer 1.2.
+    leads to u = 0.675 with stored buffer 1.2, and multiples of these to multiples.
 
     Args:
         device_type: For example ``"cpu"`` or ``"cuda"``.
         dtype: Floating-point type of parameters, gradients and buffers.
     """
-    one = torch.ones(1, dtype=dtype, device=device_type)
+    one = powers_of_two(device_type, dtype)
     param, grad, buffer = one.clone(), one * 2, one * 0
     try:
         mass_fused_(
@@ -208,4 +209,5 @@ def fused_mass_works(device_type: str, dtype: torch.dtype) -> bool:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     tolerance = 4 * torch.finfo(dtype).eps
-    return bool(((param - 0.675).abs() < tolerance) & ((buffer - 1.2).abs() < 2 * tolerance))
+    exact = (param / one - 0.675).abs() < tolerance, (buffer / one - 1.2).abs() < 2 * tolerance
+    return all(bool(near.all()) for near in exact)

@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lightning_sgd.functional.probes import powers_of_two, signs
+
 
 @dataclass(frozen=True, slots=True)
 class AdamSettings:
@@ -219,17 +221,19 @@ def adam_fused_(
 def fused_sgd_works(device_type: str, dtype: torch.dtype) -> bool:
     """Whether torch's kernel, here and now, makes the step w = 1, g = 2, m = 1, μ = ½, η = d = ⅛ → m = 21/8, w = 43/64.
 
+    Multiples of these lead to multiples.
+
     Args:
         device_type: For example ``"cpu"`` or ``"cuda"``.
         dtype: Floating-point type of all tensors.
     """
-    one = torch.ones(1, dtype=dtype, device=device_type)
+    one = powers_of_two(device_type, dtype)
     param, buffer = one.clone(), one.clone()
     try:
         sgd_fused_([param], [one * 2], [buffer], lr=0.125, momentum=0.5, weight_decay=0.125)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
-    return bool(((param == 43 / 64) & (buffer == 21 / 8)).all())
+    return torch.equal(param, one * (43 / 64)) and torch.equal(buffer, one * (21 / 8))
 
 
 @cache
@@ -240,7 +244,7 @@ def fused_adam_works(device_type: str, dtype: torch.dtype) -> bool:
         device_type: For example ``"cpu"`` or ``"cuda"``.
         dtype: Floating-point type of all tensors.
     """
-    one = torch.ones(1, dtype=dtype, device=device_type)
+    one = signs(device_type, dtype)
     param, m, v = one.clone(), one * 0, one * 0
     settings = AdamSettings(beta1=0.5, beta2=0.5, eps=math.sqrt(2), weight_decay=0.0)
     try:
@@ -248,4 +252,5 @@ def fused_adam_works(device_type: str, dtype: torch.dtype) -> bool:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     tolerance = 4 * torch.finfo(dtype).eps
-    return bool(((param - 7 / 8).abs() < tolerance) & ((v - 2).abs() < 2 * tolerance))
+    near = (param / one - 7 / 8).abs() < tolerance, (v - 2).abs() < 2 * tolerance
+    return all(bool(each.all()) for each in near)

@@ -33,6 +33,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_sgd.functional.probes import powers_of_two
 from lightning_sgd.functional.small_tensors import small_by_shape, stack_scaled
 from lightning_sgd.functional.squared_norms import squared_norms
 
@@ -336,14 +337,13 @@ def fused_novograd_works(device_type: str, dtype: torch.dtype) -> bool:
     """Whether torch's kernel, here and now, makes the step that is asked of it.
 
     The answer is found by one step of which the result is known: w = 1, g = 2, m = ½ with β₁ = ½, a = ¼, b = λ = ⅛
-    leads to m = ⅞ and w = 57/64; likewise for multiples of these. There are enough of them, and different ones, because
-    torch 2.13 on a CPU leaves garbage in momenta of half precision with 16 elements and more.
+    leads to m = ⅞ and w = 57/64, and multiples of these to multiples.
 
     Args:
         device_type: For example ``"cpu"`` or ``"cuda"``.
         dtype: Floating-point type of parameters, gradients and momenta.
     """
-    one = (2.0 ** (torch.arange(67, device=device_type) % 7)).to(dtype)
+    one = powers_of_two(device_type, dtype)
     param, grad, momentum = one.clone(), one * 2, one / 2
     try:
         _fused_sgd_([param], [grad], [momentum], 0.25, 0.125, 0.125, 0.5, maximize=False)
