@@ -53,7 +53,7 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/local_sgd.py
 	$(BIN)/python benchmarks/lr_schedulers.py
 
-netlab: $(VENV)/.dev ## Compare strategies on hosts with slow links, in network namespaces (Linux, root), 6 minutes
+netlab: $(VENV)/.dev ## Compare strategies on hosts with slow links, in network namespaces (Linux, root), 5 to 10 minutes
 	$(BIN)/python -m benchmarks.netlab
 
 build: $(VENV)/.dev ## Build sdist and wheel into dist/

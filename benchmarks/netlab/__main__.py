@@ -32,9 +32,11 @@ def main() -> None:
     for rate in args.rates:
         print(f"{args.hosts} hosts, {rate} ...", flush=True)
         rows += measure(rate, args)
+        report.write(
+            rows, note(args), args.output
+        )  # what is done stays when the rest is broken off
     print(report.table(rows))
     wrong = report.disagreements(rows)
-    report.write(rows, note(args), args.output)
     print(f"Written to {args.output}/netlab.md, .json and .svg.")
     if wrong:
         sys.exit("The lab disagrees with the counters:\n" + "\n".join(wrong))
