@@ -65,7 +65,8 @@ def note(args: argparse.Namespace) -> str:
         f"and step, {args.steps} steps after {args.warm_up} of warm-up; computation simulated by "
         f"{1e3 * COMPUTE:.0f} ms of sleep, with a straggler one step in four takes four times as long, on every rank "
         "at random times of its own. Blocked: step time less a rank's own sleep, so also the real work on shared "
-        "cores. Counted of DDP and of Lightning's post-local SGD: the gradients. The interface's bytes are those of "
+        "cores. The sleep comes before the forward pass: DDP has next to no backward pass to hide its exchange behind. "
+        "Counted of DDP and of Lightning's post-local SGD: the gradients. The interface's bytes are those of "
         "the kernel without headers. One run: read ratios. Loss: of the final model on all samples, after equally "
         "many samples."
     )

@@ -20,6 +20,8 @@ Command = list[str]
 
 INTERFACE = "eth0"
 TOOLS = ("ip", "tc")
+BURSTS = {"1gbit": "256kb"}
+"""With 64 kb, `tbf` lets only 720 Mbit/s through at 1 Gbit/s: it must last until the kernel looks again."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Network:
         """What limits how fast every host sends; nothing for ``None``."""
         if rate is None:
             return []
-        shape = f"root tbf rate {rate} burst 64kb latency 200ms"
+        shape = f"root tbf rate {rate} burst {BURSTS.get(rate, '64kb')} latency 200ms"
         return [
             f"tc -n {host} qdisc replace dev {INTERFACE} {shape}".split() for host in self.hosts
         ]

@@ -63,6 +63,8 @@ def test_every_host_is_limited(network):
         for i in (0, 1)
     ]
     assert lab.limits(None) == []
+    # A bucket of 64 kb at 1 Gbit/s lets 720 Mbit/s through, and the table would show the shaper, not the strategies.
+    assert all("256kb" in command for command in lab.limits("1gbit"))
 
 
 def test_every_host_runs_a_node_of_torchrun(network):
