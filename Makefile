@@ -8,7 +8,7 @@ EXAMPLES := $(sort $(wildcard examples/*.yaml))
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench examples build clean
+.PHONY: help demo test lint docs bench netlab examples build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/monitors.py
 	$(BIN)/python benchmarks/local_sgd.py
 	$(BIN)/python benchmarks/lr_schedulers.py
+
+netlab: $(VENV)/.dev ## Compare strategies on hosts with slow links, in network namespaces (Linux, root), 5 to 10 minutes
+	$(BIN)/python -m benchmarks.netlab
 
 build: $(VENV)/.dev ## Build sdist and wheel into dist/
 	$(BIN)/python -m build

@@ -7,7 +7,12 @@ already imported, and ``lightning_sgd.MaSS`` is the spelling that ``--print_conf
 from importlib.metadata import version
 
 from lightning_sgd._validation import NoEffectWarning, OutsideIntendedUseWarning
-from lightning_sgd.callbacks import GradientErrorMonitor, RankMonitor, TrajectoryRegularization
+from lightning_sgd.callbacks import (
+    CommunicationMonitor,
+    GradientErrorMonitor,
+    RankMonitor,
+    TrajectoryRegularization,
+)
 from lightning_sgd.data.digits import DigitsDataModule
 from lightning_sgd.data.effective_batch import effective_batch_size
 from lightning_sgd.data.resumable import ResumableDataLoader
@@ -57,6 +62,7 @@ __all__ = [
     "TRSGD",
     "BiasedSGDLR",
     "BiasedSGDProblem",
+    "CommunicationMonitor",
     "Complete",
     "ConditionNumbers",
     "DigitsClassifier",

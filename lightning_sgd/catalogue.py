@@ -218,6 +218,18 @@ CATALOGUE: tuple[Method, ...] = (
                     "comm/blocked_seconds_per_step",
                 ),
             ),
+            Plugin(
+                name="CommunicationMonitor",
+                kind="callback",
+                settings={"every_n_steps": 1, "max_overhead": 1.0},
+                metric_keys=(
+                    "communication/bytes_per_step",
+                    "communication/messages_per_step",
+                    "communication/blocked_seconds_per_step",
+                    "communication/blocked_share",
+                    "communication/consensus_distance",
+                ),
+            ),
         ),
     ),
     Method(

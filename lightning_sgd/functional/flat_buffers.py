@@ -45,9 +45,9 @@ class FlatBuffers:
     def __init__(self, tensors: Sequence[Tensor], *, exact: bool = False) -> None:
         self.tensors = unique(tensors)
         self._exact = exact
-        self._keys = [self._key(tensor) for tensor in map(_real, self.tensors)]
+        self._keys = [self._key(tensor) for tensor in map(real, self.tensors)]
         sizes = dict.fromkeys(self._keys, HEADER)
-        for key, tensor in zip(self._keys, map(_real, self.tensors), strict=True):
+        for key, tensor in zip(self._keys, map(real, self.tensors), strict=True):
             sizes[key] += tensor.numel()
         flat = {
             (device, dtype): torch.zeros(size, device=device, dtype=dtype)
@@ -88,7 +88,7 @@ class FlatBuffers:
 
     def _carve(self, flat: dict[tuple[torch.device, torch.dtype], Tensor]) -> list[Tensor]:
         offsets, views = dict.fromkeys(flat, HEADER), []
-        for key, tensor in zip(self._keys, map(_real, self.tensors), strict=True):
+        for key, tensor in zip(self._keys, map(real, self.tensors), strict=True):
             begin = offsets[key]
             offsets[key] = begin + tensor.numel()
             views.append(flat[key][begin : offsets[key]].view(tensor.shape))
@@ -108,7 +108,7 @@ def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         tensor(7.)
     """
     pairs = zip(tensors, others, strict=False)
-    norms = [torch.linalg.vector_norm(_real(x) - _real(y)) for x, y in pairs]
+    norms = [torch.linalg.vector_norm(real(x) - real(y)) for x, y in pairs]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
@@ -122,11 +122,16 @@ def unique(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real(tensor: Tensor) -> Tensor:
+    """The tensor, or real and imaginary parts of a complex one, without a copy.
+
+    Args:
+        tensor: Of any type.
+    """
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @torch.no_grad()
 def _copy(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     if into:
-        torch._foreach_copy_([_real(x) for x in into], [_real(x) for x in source])
+        torch._foreach_copy_([real(x) for x in into], [real(x) for x in source])

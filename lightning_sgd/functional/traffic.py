@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -11,13 +13,13 @@ class Traffic:
 
     Attributes:
         num_bytes: Sent by this rank; received are as many.
-        num_messages: Sent by this rank to another.
+        num_messages: Sent by this rank to another; NaN, like the others, where that is not known.
         seconds: Time in which this rank waited for an exchange.
         num_steps: Optimizer steps in which all this happened.
     """
 
     num_bytes: float = 0.0
-    num_messages: int = 0
+    num_messages: float = 0
     seconds: float = 0.0
     num_steps: int = 0
 
@@ -27,6 +29,14 @@ class Traffic:
             self.num_messages - other.num_messages,
             self.seconds - other.seconds,
             self.num_steps - other.num_steps,
+        )
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.num_bytes + other.num_bytes,
+            self.num_messages + other.num_messages,
+            self.seconds + other.seconds,
+            self.num_steps + other.num_steps,
         )
 
     def per_step(self) -> dict[str, float]:
@@ -85,3 +95,53 @@ def broadcast_traffic(num_bytes: int, num_ranks: int) -> tuple[float, int]:
         (3000.0, 1)
     """
     return (num_ranks - 1) * num_bytes / num_ranks, int(num_ranks > 1)
+
+
+def traffic_table(ranks: Sequence[tuple[Traffic, float]]) -> str:
+    """Markdown: what every rank has sent and waited, in all and per step.
+
+    Args:
+        ranks: By rank, its traffic and the seconds of training in which that happened.
+
+    Example:
+        >>> print(traffic_table([(Traffic(4e6, 8, 0.5, 10), 2.0)]))
+        | rank | steps | MB sent | kB per step | messages per step | blocked, s | blocked, ms per step | time blocked |
+        |---:|---:|---:|---:|---:|---:|---:|---:|
+        | 0 | 10 | 4 | 400 | 0.8 | 0.5 | 50 | 25.0 % |
+    """
+    titles = (
+        *("rank", "steps", "MB sent", "kB per step", "messages per step"),
+        *("blocked, s", "blocked, ms per step", "time blocked"),
+    )
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---:|" * len(titles)]
+    for rank, (traffic, seconds) in enumerate(ranks):
+        lines.append("| " + " | ".join(_cells(rank, traffic, seconds)) + " |")
+    return "\n".join(lines)
+
+
+def _cells(rank: int, traffic: Traffic, seconds: float) -> list[str]:
+    steps = max(traffic.num_steps, 1)
+    numbers = (
+        *(traffic.num_bytes / 1e6, traffic.num_bytes / 1e3 / steps, traffic.num_messages / steps),
+        *(traffic.seconds, 1e3 * traffic.seconds / steps),
+    )
+    known = ["not known" if math.isnan(x) else f"{x:.4g}" for x in numbers]
+    share = blocked_share(traffic, seconds)
+    return [
+        *(str(rank), str(traffic.num_steps), *known),
+        "not known" if math.isnan(share) else f"{share:.1%}".replace("%", " %"),
+    ]
+
+
+def blocked_share(traffic: Traffic, seconds: float) -> float:
+    """Part of the time in which a rank waited.
+
+    Args:
+        traffic: What it waited.
+        seconds: The time.
+
+    Example:
+        >>> blocked_share(Traffic(seconds=0.5), 2.0)
+        0.25
+    """
+    return traffic.seconds / seconds if seconds > 0 else 0.0 * traffic.seconds

@@ -1,0 +1,1 @@
+"""Strategies side by side on hosts with slow links, all of them on one Linux machine."""

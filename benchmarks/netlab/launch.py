@@ -1,0 +1,98 @@
+"""One `torchrun` node per host, all at once, and what their ranks have measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from .network import INTERFACE, Command, Network, inside
+
+PORT = 29500
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def node_command(network: Network, index: int, options: Sequence[str]) -> Command:
+    """What starts the rank of a host, there.
+
+    Args:
+        network: Of the hosts.
+        index: Number of the host.
+        options: For the worker.
+    """
+    settings = [f"GLOO_SOCKET_IFNAME={INTERFACE}", "OMP_NUM_THREADS=1"]
+    launcher = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"),
+        *(f"--nnodes={network.num_hosts}", f"--node-rank={index}"),
+        *(f"--master-addr={network.address(0)}", f"--master-port={PORT}"),
+    ]
+    worker = ["-m", "benchmarks.netlab.worker", *options]
+    return inside(network.hosts[index], ["env", *settings, *launcher, *worker])
+
+
+def run(
+    network: Network, options: Sequence[str], folder: Path, seconds: float
+) -> list[dict[str, Any]]:
+    """Start all nodes, wait for them, and return the means over the ranks, by training.
+
+    Args:
+        network: Built.
+        options: For the workers.
+        folder: Where they write.
+        seconds: How long they may take.
+
+    Raises:
+        RuntimeError: If a node fails or takes too long; with the end of what it said.
+    """
+    with ExitStack() as stack:
+        logs = [
+            stack.enter_context((folder / f"{i}.log").open("wb")) for i in range(network.num_hosts)
+        ]
+        nodes = [
+            subprocess.Popen(
+                node_command(network, index, [*options, "--folder", str(folder)]),
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the lab, which ends them
+            )
+            for index, log in enumerate(logs)
+        ]
+        _wait(nodes, folder, time.monotonic() + seconds)
+    return means([json.loads((folder / f"{i}.json").read_text()) for i in range(network.num_hosts)])
+
+
+def _wait(nodes: list[subprocess.Popen[bytes]], folder: Path, end: float) -> None:
+    while any(node.poll() is None for node in nodes):
+        failed = [i for i, node in enumerate(nodes) if node.poll() not in (None, 0)]
+        if failed or time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    bad = [i for i, node in enumerate(nodes) if node.poll() != 0]
+    if bad:
+        said = (folder / f"{bad[0]}.log").read_text(errors="replace")[-3000:]
+        raise RuntimeError(
+            f"Host {bad[0]} failed or was too slow. The end of what it said:\n{said}"
+        )
+
+
+def means(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """By training, the mean over the ranks of every number.
+
+    Args:
+        ranks: By rank, what it measured in every training.
+    """
+    found = []
+    for same in zip(*ranks, strict=True):
+        names = {"label": same[0]["label"], "straggles": same[0]["straggles"]}
+        numbers = {key: fmean(each[key] for each in same) for key in same[0].keys() - names}
+        found.append({**names, **dict(sorted(numbers.items()))})
+    return found

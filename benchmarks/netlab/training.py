@@ -1,0 +1,129 @@
+"""The training that every strategy does: a megabyte of parameters, compute simulated by sleep."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sgd.callbacks._traffic_source import TrafficSource, find_source
+from lightning_sgd.functional.traffic import Traffic
+
+from .counters import read
+from .network import INTERFACE
+
+COMPUTE, SLOWER, SLOW_STEPS = 0.05, 4, 0.25
+WIDTH, BATCH_SIZE = 480, 8
+MAX_STEPS = 56  # in one epoch of the digits on four ranks
+
+
+class Net(LightningModule):
+    """Sleeps for as long as the simulated computation takes, then does a small real step.
+
+    Args:
+        straggles: Whether one step in four takes four times as long, on every rank at times of its own.
+    """
+
+    def __init__(self, straggles: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            *(torch.nn.Linear(64, WIDTH), torch.nn.ReLU()),
+            *(torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, 10)),
+        )
+        self.straggles, self.slept = straggles, 0.0
+        self.draws = random.Random(0)
+
+    def on_train_start(self) -> None:
+        """Every rank has slow steps of its own, the same ones with every strategy."""
+        self.draws = random.Random(self.global_rank)
+
+    def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy."""
+        is_slow = self.draws.random() < SLOW_STEPS and self.straggles
+        seconds = COMPUTE * (SLOWER if is_slow else 1)
+        begin = time.perf_counter()
+        time.sleep(seconds)
+        self.slept += time.perf_counter() - begin
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """As most people do."""
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Meter(Callback):
+    """Measures from the end of the warm-up to the end of training, on this rank.
+
+    Args:
+        warm_up: Number of steps that do not count.
+    """
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
+        self.result: dict[str, float] = {}
+        self.source: TrafficSource | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find who counts."""
+        self.source = find_source(trainer)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let it count."""
+        assert self.source is not None
+        self.source.after_backward()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Net, *_: Any) -> None:
+        """Start after the warm-up."""
+        if trainer.global_step == self.warm_up:
+            self.begin = self._now(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Net) -> None:
+        """Stop, before the strategy settles on the mean of the models."""
+        seconds, slept, traffic, sent = self._now(pl_module)
+        steps = trainer.global_step - self.warm_up
+        counted, on_wire = traffic - self.begin[2], sent - self.begin[3]
+        self.result = {
+            "ms": 1e3 * (seconds - self.begin[0]) / steps,
+            "compute_ms": 1e3 * (slept - self.begin[1]) / steps,
+            "counted_blocked_ms": 1e3 * counted.seconds / steps,
+            "counted_mb": counted.num_bytes / 1e6 / steps,
+            "interface_mb": on_wire.payload / 1e6 / steps,
+        }
+
+    def _now(self, net: Net) -> tuple[float, float, Traffic, Any]:
+        assert self.source is not None
+        return time.perf_counter(), net.slept, self.source.read(), read(INTERFACE)
+
+
+def train(
+    strategy: Strategy, straggles: bool, num_hosts: int, num_steps: int, warm_up: int
+) -> dict[str, float]:
+    """One training on this rank; what it took, and the loss of the final model on all samples."""
+    images, labels = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
+    net, meter = Net(straggles), Meter(warm_up)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        num_nodes=num_hosts,
+        strategy=strategy,
+        max_steps=num_steps,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[meter],
+    )
+    trainer.fit(net, DataLoader(data, BATCH_SIZE, shuffle=False))
+    with torch.no_grad():
+        loss = cross_entropy(net.net(data.tensors[0]), data.tensors[1])
+    return {**meter.result, "loss": float(loss)}
