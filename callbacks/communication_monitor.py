@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ class CommunicationMonitor(Monitor):
         self.ranks: list[list[float]] = []  # by rank: bytes, messages, seconds blocked, seconds
         self.num_looks, self.num_steps = 0, 0
         self.distance, self.largest_distance = math.nan, math.nan
-        self._carried = [0.0, 0.0, 0.0]
-        self._mark, self._steps_at_look, self._seconds_at_look = Traffic(), 0, 0.0
+        self._carried = [0.0] * 4
+        self._mark, self._clock, self._steps_at_look = Traffic(), 0.0, 0
 
     @property
     def state_key(self) -> str:
@@ -100,7 +101,7 @@ class CommunicationMonitor(Monitor):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out who counts; then look for the first time."""
         self.source = find_source(trainer)
-        self._mark = self.source.read()
+        self._mark, self._clock = self.source.read(), time.perf_counter()
         if len(self.ranks) != trainer.world_size:
             self.ranks = [[0.0] * 4 for _ in range(trainer.world_size)]
         super().on_train_start(trainer, pl_module)
@@ -131,17 +132,19 @@ class CommunicationMonitor(Monitor):
             for totals, parts in zip(self.ranks, gathered, strict=True)
         ]
         self.num_steps += steps
-        self._carried, self._mark = [0.0, 0.0, 0.0], self.source.read()
-        self._steps_at_look, self._seconds_at_look = trainer.global_step, self._seconds()
+        self._carried, self._steps_at_look = [0.0] * 4, trainer.global_step
+        # Together, or a rank would seem to wait for longer than there is time.
+        self._mark, self._clock = self.source.read(), time.perf_counter()
         means = [sum(column) / len(gathered) for column in zip(*gathered, strict=True)]
         return _per_step(*_as_traffic(means, steps)) if steps else {}
 
     def _pending(self) -> list[float]:
         """What this rank has sent and waited since the last look, and in how many seconds."""
-        new = Traffic() if self.source is None else self.source.read() - self._mark
-        counts = (new.num_bytes, new.num_messages, new.seconds)
-        sums = [old + count for old, count in zip(self._carried, counts, strict=True)]
-        return [*sums, self._seconds() - self._seconds_at_look]
+        if self.source is None:
+            return self._carried
+        new, seconds = self.source.read() - self._mark, time.perf_counter() - self._clock
+        counts = (new.num_bytes, new.num_messages, new.seconds, seconds)
+        return [old + count for old, count in zip(self._carried, counts, strict=True)]
 
     def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """What is counted, and by whom."""
@@ -202,9 +205,8 @@ class CommunicationMonitor(Monitor):
             "num_steps": self.num_steps,
             "distance": self.distance,
             "largest_distance": self.largest_distance,
-            "pending": self._pending()[:3],
+            "pending": self._pending()[:2],
             "steps_at_look": self._steps_at_look,
-            "seconds_at_look": self._seconds_at_look,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -215,9 +217,9 @@ class CommunicationMonitor(Monitor):
         self.num_looks, self.num_steps = state_dict["num_looks"], state_dict["num_steps"]
         self.distance = state_dict["distance"]
         self.largest_distance = state_dict["largest_distance"]
-        self._carried = list(state_dict["pending"])
+        # Of bytes and messages; the time before the interruption is left out, that of waiting and the whole alike.
+        self._carried = [*state_dict["pending"], 0.0, 0.0]
         self._steps_at_look = state_dict["steps_at_look"]
-        self._seconds_at_look = state_dict["seconds_at_look"]
 
 
 def _as_traffic(row: list[float], num_steps: int) -> tuple[Traffic, float]:
