@@ -66,7 +66,7 @@ class Monitor(Callback):
 
     def glance(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
         """The same with fewer keys, for a fraction of the time, where ``self.schedule.can_glance``."""
-        raise NotImplementedError
+        raise NotImplementedError  # not abstract: only monitors whose schedule glances have one
 
     @abstractmethod
     def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from lightning_sgd.functional.probes import powers_of_two, signs
+from lightning_sgd.functional.probes import powers_of_two, runs, signs
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +229,8 @@ def fused_sgd_works(device_type: str, dtype: torch.dtype) -> bool:
     """
     one = powers_of_two(device_type, dtype)
     param, buffer = one.clone(), one.clone()
-    try:
-        sgd_fused_([param], [one * 2], [buffer], lr=0.125, momentum=0.5, weight_decay=0.125)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+    lists = [param], [one * 2], [buffer]
+    if not runs(partial(sgd_fused_, *lists, lr=0.125, momentum=0.5, weight_decay=0.125)):
         return False
     return torch.equal(param, one * (43 / 64)) and torch.equal(buffer, one * (21 / 8))
 
@@ -247,9 +246,8 @@ def fused_adam_works(device_type: str, dtype: torch.dtype) -> bool:
     one = signs(device_type, dtype)
     param, m, v = one.clone(), one * 0, one * 0
     settings = AdamSettings(beta1=0.5, beta2=0.5, eps=math.sqrt(2), weight_decay=0.0)
-    try:
-        adam_fused_([param], [one * 2], [m], [v], None, [1], lr=0.25, settings=settings)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+    lists = [param], [one * 2], [m], [v], None, [1]
+    if not runs(partial(adam_fused_, *lists, lr=0.25, settings=settings)):
         return False
     tolerance = 4 * torch.finfo(dtype).eps
     near = (param / one - 7 / 8).abs() < tolerance, (v - 2).abs() < 2 * tolerance

@@ -27,13 +27,13 @@ apex          γ                                  0      see below
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_sgd.functional.probes import powers_of_two
+from lightning_sgd.functional.probes import powers_of_two, runs
 from lightning_sgd.functional.small_tensors import small_by_shape, stack_scaled
 from lightning_sgd.functional.squared_norms import squared_norms
 
@@ -345,8 +345,7 @@ def fused_novograd_works(device_type: str, dtype: torch.dtype) -> bool:
     """
     one = powers_of_two(device_type, dtype)
     param, grad, momentum = one.clone(), one * 2, one / 2
-    try:
-        _fused_sgd_([param], [grad], [momentum], 0.25, 0.125, 0.125, 0.5, maximize=False)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
-        return False
-    return torch.equal(momentum, one * 0.875) and torch.equal(param, one * 0.890625)
+    step = partial(
+        _fused_sgd_, [param], [grad], [momentum], 0.25, 0.125, 0.125, 0.5, maximize=False
+    )
+    return runs(step) and torch.equal(momentum, one * 0.875) and torch.equal(param, one * 0.890625)

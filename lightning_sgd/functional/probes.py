@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,23 @@ def signs(device_type: str, dtype: torch.dtype) -> Tensor:
     """
     index = torch.arange(NUM_VALUES, device=device_type)
     return (1.0 - 2.0 * ((index % 3) != 0)).to(dtype)
+
+
+def runs(step: Callable[[], None]) -> bool:
+    """Whether a call into private API of torch can be made at all; what it computes is for the caller to check.
+
+    Args:
+        step: Makes the call. That a kernel is gone, lacks a device or a type, or takes other arguments in this version
+            of torch shows as one of four kinds of errors; any other is a mistake of ours and is raised.
+
+    Example:
+        >>> def renamed():
+        ...     torch._no_such_kernel_()
+        >>> runs(renamed)
+        False
+    """
+    try:
+        step()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
