@@ -53,8 +53,9 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/local_sgd.py
 	$(BIN)/python benchmarks/lr_schedulers.py
 
-netlab: $(VENV)/.dev ## Compare strategies on hosts with slow links, in network namespaces (Linux, root), 5 to 10 minutes
+netlab: $(VENV)/.dev ## Compare strategies on hosts with slow links, in network namespaces (Linux, root), half an hour
 	$(BIN)/python -m benchmarks.netlab
+	$(BIN)/python -m benchmarks.netlab.model
 
 build: $(VENV)/.dev ## Build sdist and wheel into dist/
 	$(BIN)/python -m build

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
 
 from .network import INTERFACE, Command, Network, inside
+from .training import loss_of
 
 PORT = 29500
+Snapshots: TypeAlias = dict[int, tuple[float, torch.Tensor]]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -67,7 +71,24 @@ def run(
             for index, log in enumerate(logs)
         ]
         _wait(nodes, folder, time.monotonic() + seconds)
-    return means([json.loads((folder / f"{i}.json").read_text()) for i in range(network.num_hosts)])
+    ranks = range(network.num_hosts)
+    rows = means([json.loads((folder / f"{i}.json").read_text()) for i in ranks])
+    for index, row in enumerate(rows):
+        row["curve"] = curve([torch.load(folder / f"{i}-{index}.pt") for i in ranks])
+    return rows
+
+
+def curve(ranks: list[Snapshots]) -> list[tuple[int, float, float]]:
+    """Step, seconds since the start (mean over the ranks) and loss of the mean of the models.
+
+    Args:
+        ranks: By rank, the weights after some steps and when that was.
+    """
+    points = []
+    for step in ranks[0]:
+        times, weights = zip(*(each[step] for each in ranks), strict=True)
+        points.append((step, fmean(times), loss_of(torch.stack(weights).mean(0))))
+    return points
 
 
 def _wait(nodes: list[subprocess.Popen[bytes]], folder: Path, end: float) -> None:

@@ -6,13 +6,16 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from .losses import NEAR, loss_at, same_link, shortest, time_to
+
 if TYPE_CHECKING:
     from pathlib import Path
 
 Row = dict[str, Any]
 TITLES = (
     *("link", "straggler", "strategy", "ms per step", "× DDP", "blocked ms", "of these counted"),
-    *("MB per step, counted", "MB per step, interface", "loss"),
+    *("MB per step, counted", "MB per step, interface", "loss, equal samples"),
+    *("loss, equal time", "s to DDP's loss"),
 )
 AGREEMENT = 0.05
 
@@ -23,15 +26,17 @@ def table(rows: list[Row]) -> str:
     Args:
         rows: One training each, in the order of the table.
     """
-    peers = {(r["rate"], r["straggles"]): r["ms"] for r in rows if r["label"] == "DDP"}
     lines = ["| " + " | ".join(TITLES) + " |", "|---|---|---|" + "---:|" * (len(TITLES) - 3)]
     for row in rows:
-        peer = peers.get((row["rate"], row["straggles"]), math.nan)
+        group = same_link(rows, row)
+        peer = group.get("DDP")
         cells = (
             *(row["rate"], "yes" if row["straggles"] else "no", row["label"]),
-            *(f"{row['ms']:.0f}", f"{peer / row['ms']:.2f}"),
+            *(f"{row['ms']:.0f}", _number(peer["ms"] / row["ms"] if peer else math.nan, 2)),
             *(f"{row['ms'] - row['compute_ms']:.1f}", _number(row["counted_blocked_ms"], 1)),
-            *(_number(row["counted_mb"], 3), f"{row['interface_mb']:.3f}", f"{row['loss']:.3f}"),
+            *(_number(row["counted_mb"], 3), f"{row['interface_mb']:.3f}"),
+            *(f"{row['curve'][-1][2]:.3f}", f"{loss_at(row, shortest(group)):.3f}"),
+            _number(time_to(row, NEAR * peer["curve"][-1][2]) if peer else math.nan, 1),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -60,12 +65,13 @@ def disagreements(rows: list[Row]) -> list[str]:
     return found
 
 
-def write(rows: list[Row], note: str, folder: Path) -> None:
+def write(rows: list[Row], note: str, facts: dict[str, Any], folder: Path) -> None:
     """Three files named ``netlab``.
 
     Args:
         rows: One training each.
         note: How they were made.
+        facts: What they have in common, for programs.
         folder: Where to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,9 @@ def write(rows: list[Row], note: str, folder: Path) -> None:
         {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
         for row in rows
     ]
-    (folder / "netlab.json").write_text(json.dumps({"note": note, "rows": plain}, indent=1) + "\n")
+    (folder / "netlab.json").write_text(
+        json.dumps({"note": note, **facts, "rows": plain}, indent=1) + "\n"
+    )
     plot(rows, folder / "netlab.svg")
 
 

@@ -47,6 +47,7 @@ def ours(name: str, **settings: Any) -> Callable[[], Strategy]:
 
 
 LINES: dict[str, Callable[[], Strategy]] = {
+    "no exchange": ours("LocalSGDStrategy", period=None),
     "DDP": ddp,
     "post-local SGD of Lightning, H = 4": post_local_sgd,
     "Local SGD, H = 1": ours("LocalSGDStrategy", period=1),
@@ -56,7 +57,7 @@ LINES: dict[str, Callable[[], Strategy]] = {
     "gossip, ring": ours("GossipPGAStrategy", topology="ring", period=None),
     "Gossip-PGA, H = 8": ours("GossipPGAStrategy", period=8),
     "Gossip-AGA": ours("GossipPGAStrategy", adaptive=True, period=4),
-    "Overlap Local-SGD, H = 2": ours("OverlapLocalSGDStrategy", period=2),
-    "Overlap Local-SGD, H = 8": ours("OverlapLocalSGDStrategy", period=8),
+    "Overlap Local-SGD, H = 2": ours("OverlapLocalSGDStrategy", period=2, lr_compensation=True),
+    "Overlap Local-SGD, H = 8": ours("OverlapLocalSGDStrategy", period=8, lr_compensation=True),
 }
 QUICK = ("DDP", "Local SGD, H = 4")

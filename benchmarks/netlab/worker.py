@@ -9,6 +9,8 @@ import os
 import warnings
 from pathlib import Path
 
+import torch
+
 from .strategies import LINES
 from .training import train
 
@@ -25,12 +27,12 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    lines, results = LINES, []
+    rank, results = os.environ["RANK"], []
     for straggles in map(bool, args.stragglers):
         for label in args.labels:
-            took = train(lines[label](), straggles, args.num_hosts, args.num_steps, args.warm_up)
-            results.append({"label": label, "straggles": straggles, **took})
-    rank = os.environ["RANK"]
+            meter = train(LINES[label](), straggles, args.num_hosts, args.num_steps, args.warm_up)
+            torch.save(meter.snapshots, args.folder / f"{rank}-{len(results)}.pt")
+            results.append({"label": label, "straggles": straggles, **meter.result})
     (args.folder / f"{rank}.json").write_text(json.dumps(results))
 
 
