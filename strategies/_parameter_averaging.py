@@ -292,12 +292,12 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         part = checkpoints.rank_part(mine, self._state())
         if self.exchange is None or self._has_failed:
             return checkpoints.with_ranks(checkpoint, [part], self.num_ranks)
+        step = self.replicas[0].num_steps
         if checkpoint["state_dict"] is not self._written:
             # A callback such as WeightAveraging has put its own model there, one per rank.
-            step = self.replicas[0].num_steps
             mean = checkpoints.mean_over_ranks(checkpoint["state_dict"], self.exchange, step)
             checkpoint = {**checkpoint, "state_dict": mean}
-        parts = self.exchange.gather(part)
+        parts = self.exchange.gather(part, step)
         # What this rank's part shares with the rest of the file is written once.
         parts = None if parts is None else [part, *parts[1:]]
         return checkpoints.with_ranks(checkpoint, parts, self.num_ranks) if parts else checkpoint
