@@ -351,13 +351,19 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         if self.consensus is not None:
             self.consensus.close()
         if self.exchange is not None and not isinstance(exception, ExchangeError):
-            roll_call = self.exchange.roll_call
-            self.exchange.hang_up()
-            if is_failed_exchange(exception):
-                exception.args = (f"{exception} {roll_call.take('something else')}",)
-            else:
-                roll_call.report(f"raised {type(exception).__name__}: {exception}")
+            self._blame(self.exchange, exception)
         super().on_exception(exception)
+
+    @staticmethod
+    def _blame(exchange: Exchange, exception: BaseException) -> None:
+        roll_call = exchange.roll_call
+        if is_failed_exchange(exception):
+            exchange.hang_up()
+            exception.args = (f"{exception} {roll_call.take('something else')}",)
+        else:
+            roll_call.report(f"raised {type(exception).__name__}: {exception}")
+            exchange.hang_up()
+            roll_call.stay()
 
     @property
     def _has_failed(self) -> bool:

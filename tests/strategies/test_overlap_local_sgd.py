@@ -407,26 +407,61 @@ def test_the_anchor_distance_is_logged(tmp_path):
         assert logged == pytest.approx(float(left) / 0.4, rel=1e-5)
 
 
-class Killed(Regression):
-    """Rank 1 is killed while the mean is on its way."""
+class Failing(Regression):
+    """Ranks get a signal, or raise.
+
+    Args:
+        failures: By rank and number of the step, counted from 0, the signal; ``None`` to raise.
+    """
+
+    def __init__(self, failures):
+        super().__init__(sgd)
+        self.failures = failures
 
     def training_step(self, batch, batch_idx):
-        if self.global_rank == 1 and self.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
+        place = self.global_rank, self.global_step
+        if place in self.failures and self.failures[place] is None:
+            raise ValueError("the data are gone")
+        if place in self.failures:
+            os.kill(os.getpid(), self.failures[place])
         return super().training_step(batch, batch_idx)
 
 
-def test_a_rank_that_is_killed_with_a_mean_in_flight_is_named(tmp_path):
-    def work(rank):
-        settings = {"start_method": "popen", "timeout": timedelta(seconds=6)}
-        strategy = overlap(period=4, sigterm_every_n_batches=0, **settings)
-        quiet = trainer(tmp_path, devices=3, strategy=strategy, use_distributed_sampler=False)
-        quiet.fit(Killed(sgd), loader(3))
+def fail(tmp_path, failures, ranks, every, meanwhile=None):
+    """Outcomes by rank, where a boundary follows step 4 and nobody gives up within 30 seconds."""
 
-    outcomes = run_as_torchrun(work, 3, tmp_path)
-    for rank in (0, 2):
+    def work(rank):
+        settings = {"start_method": "popen", "timeout": timedelta(seconds=30)}
+        strategy = overlap(period=4, sigterm_every_n_batches=every, **settings)
+        quiet = trainer(tmp_path, devices=ranks, strategy=strategy, use_distributed_sampler=False)
+        quiet.fit(Failing(failures), loader(ranks))
+
+    return run_as_torchrun(work, ranks, tmp_path, meanwhile=meanwhile)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_rank_that_is_killed_is_named_at_once(tmp_path, step, every):
+    # In step 3 it has not sent what the others send next, so that their mean never arrives; after 5 it has.
+    outcomes = fail(tmp_path, {(1, step): signal.SIGKILL}, ranks=4, every=every)
+    for rank in (0, 2, 3):
         assert "Rank 1 does not answer" in outcomes[rank].error
         assert outcomes[rank].seconds < 20
+
+
+def bury(processes):
+    """Kill the stopped rank when the one that raises has ended."""
+    processes[1].join(40)
+    os.kill(processes[2].pid, signal.SIGKILL)
+
+
+def test_a_rank_that_raises_does_not_wait_for_a_mean_that_never_arrives(tmp_path):
+    # Rank 2 stands still before the boundary, rank 1 raises after it: what it has in flight stays there.
+    failures = {(2, 3): signal.SIGSTOP, (1, 4): None}
+    outcomes = fail(tmp_path, failures, ranks=3, every=0, meanwhile=bury)
+    assert outcomes[1].error == "ValueError: the data are gone"
+    assert outcomes[1].seconds < 20
+    assert "Rank 1 raised ValueError: the data are gone" in outcomes[0].error
 
 
 class Ahead(Regression):
