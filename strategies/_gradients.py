@@ -10,6 +10,19 @@ from lightning_sgd.strategies._exchange import Exchange, Purpose
 from lightning_sgd.strategies._replica import Replica
 
 
+def describe_warm_up(num_steps: int) -> str:
+    """How the line at the start begins.
+
+    Args:
+        num_steps: Of the warm-up.
+
+    Example:
+        >>> describe_warm_up(5) + "averaged", describe_warm_up(0)
+        ('exchanged as gradients for 5 steps, then averaged', '')
+    """
+    return f"exchanged as gradients for {num_steps} steps, then " if num_steps else ""
+
+
 @torch.no_grad()
 def average_gradients(exchange: Exchange, replica: Replica) -> None:
     """Give all ranks the mean of their gradients, zero where one has none; where none has one, nobody gets one.

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.functional.local_sgd import PeriodSchedule, RunningMean
 from lightning_sgd.strategies._consensus import BufferPolicy, OptimizerStatePolicy
-from lightning_sgd.strategies._gradients import average_gradients
+from lightning_sgd.strategies._gradients import average_gradients, describe_warm_up
 from lightning_sgd.strategies._parameter_averaging import (
     InitialWeights,
     ParameterAveragingStrategy,
@@ -107,11 +107,7 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
 
     def describe(self) -> str:
         """When models are averaged."""
-        begin = (
-            f"exchanged as gradients for {self.warmup_steps} steps, then "
-            if self.warmup_steps
-            else ""
-        )
+        begin = describe_warm_up(self.warmup_steps)
         if self.period is None:
             what = (
                 "models"

@@ -13,7 +13,7 @@ from lightning_sgd._validation import expect
 from lightning_sgd.functional.overlap_local_sgd import effective_step
 from lightning_sgd.strategies._anchor import Anchor
 from lightning_sgd.strategies._consensus import BufferPolicy
-from lightning_sgd.strategies._gradients import average_gradients
+from lightning_sgd.strategies._gradients import average_gradients, describe_warm_up
 from lightning_sgd.strategies._parameter_averaging import (
     InitialWeights,
     ParameterAveragingStrategy,
@@ -124,11 +124,7 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         """When models are pulled together, and what that does to the step size."""
         effective = effective_step(self.pullback, self.anchor_momentum)
         steps = "compensated" if self.lr_compensation else f"counting {effective:.2f} of their size"
-        begin = (
-            f"exchanged as gradients for {self.warmup_steps} steps, then "
-            if self.warmup_steps
-            else ""
-        )
+        begin = describe_warm_up(self.warmup_steps)
         waits = "" if self.in_background else ", without overlap"
         return (
             f"{begin}pulled towards their mean of one round ago every {self.period} steps{waits}, "
