@@ -131,12 +131,12 @@ class Run:
 
 
 @cache
-def load_digits() -> tuple[Samples, Samples]:
-    """1440 images for training and 357 for testing, 64 pixels between 0 and 1 each."""
+def load_digits(split: int = 0) -> tuple[Samples, Samples]:
+    """1440 images for training and 357 for testing, 64 pixels between 0 and 1 each; which, the split decides."""
     from sklearn import datasets
 
     pixels, labels = datasets.load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(split))
     x, y = torch.from_numpy(pixels).float()[order] / 16, torch.from_numpy(labels)[order]
     return (x[:NUM_TRAIN], y[:NUM_TRAIN]), (x[NUM_TRAIN:], y[NUM_TRAIN:])
 
@@ -156,9 +156,11 @@ def logits(models: Tensor, x: Tensor) -> Tensor:
     return torch.baddbmm(parts[3][:, None], hidden, parts[2].view(-1, 10, 32).mT)
 
 
-def batches(skew: float, seed: int, num_epochs: int, num_workers: int) -> Iterator[Tensor]:
+def batches(
+    skew: float, seed: int, num_epochs: int, num_workers: int, split: int = 0
+) -> Iterator[Tensor]:
     """For every step the images of each worker's batch, reshuffled every epoch: (workers, batch)."""
-    (_, y), _ = load_digits()
+    (_, y), _ = load_digits(split)
     generator = torch.Generator().manual_seed(seed)
     own = torch.stack(partition_by_label(y, num_workers, skew, generator))
     for _ in range(num_epochs):
@@ -209,9 +211,9 @@ def train(
     return Run(method, shards, period, seed, *evaluate(models))
 
 
-def evaluate(models: Tensor) -> tuple[float, float]:
+def evaluate(models: Tensor, split: int = 0) -> tuple[float, float]:
     """Training loss of the mean model, and test accuracy of the workers' own."""
-    (x, y), (test_x, test_y) = load_digits()
+    (x, y), (test_x, test_y) = load_digits(split)
     loss = cross_entropy(logits(models.mean(dim=0, keepdim=True), x[None])[0], y)
     guesses = logits(models, test_x.expand(len(models), -1, -1)).argmax(dim=2)
     return float(f"{loss:.4g}"), float(f"{(guesses == test_y).double().mean():.4g}")

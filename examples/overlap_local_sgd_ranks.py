@@ -139,16 +139,17 @@ class OwnBatches(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         index: Which images, of shape (steps, images).
+        split: Which images are for training.
     """
 
-    def __init__(self, index: Tensor) -> None:
-        self.index = index
+    def __init__(self, index: Tensor, split: int) -> None:
+        self.index, self.split = index, split
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        (x, y), _ = load_digits()
+        (x, y), _ = load_digits(self.split)
         return x[self.index[step]], y[self.index[step]]
 
 
@@ -158,13 +159,14 @@ class DigitsModule(LightningModule):
     Args:
         seed: Of the weights.
         index: Batches of all ranks, of shape (steps, ranks, images).
+        split: Which images are for training.
     """
 
-    def __init__(self, seed: int, index: Tensor) -> None:
+    def __init__(self, seed: int, index: Tensor, split: int) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
         nn.utils.vector_to_parameters(start(seed), self.net.parameters())
-        self.index = index
+        self.index, self.split = index, split
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy."""
@@ -182,7 +184,8 @@ class DigitsModule(LightningModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """This rank's batches."""
-        return DataLoader(OwnBatches(self.index[:, self.global_rank]), batch_size=None)
+        own = OwnBatches(self.index[:, self.global_rank], self.split)
+        return DataLoader(own, batch_size=None)
 
 
 class Watch(Callback):
@@ -212,10 +215,10 @@ class Watch(Callback):
 
 
 def train(
-    strategy: Strategy, skew: float, seed: int, num_epochs: int
+    strategy: Strategy, skew: float, seed: int, num_epochs: int, split: int = 0
 ) -> tuple[Tensor, list[float]]:
     """Train on four processes; their models before the last average, and their distances."""
-    index = torch.stack(list(batches(skew, seed, num_epochs, NUM_RANKS)))
+    index = torch.stack(list(batches(skew, seed, num_epochs, NUM_RANKS, split)))
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch(Path(folder) / "models")
         trainer = Trainer(
@@ -230,7 +233,7 @@ def train(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(DigitsModule(seed, index))
+        trainer.fit(DigitsModule(seed, index, split))
         models, distances = torch.load(watch.file)
     return models, distances
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -38,18 +37,23 @@ LENGTHS = pytest.mark.parametrize("steps", [66, 440])
 
 
 @LENGTHS
-def test_gossip_drifts_further_than_with_global_averages_which_end_all_drift(steps):
-    methods = ("Local SGD, H = 6", "gossip", "Gossip-PGA, H = 6", "DDP")
-    apart = [fmean(of(steps, method, "before")) for method in methods]
-    assert all(further > nearer for further, nearer in pairwise(apart))
+def test_gossip_bounds_the_drift_and_global_averages_end_it(steps):
+    methods = ("Local SGD, H = 6", "Gossip-PGA, H = 6", "DDP")
+    local, ours, ddp = (fmean(of(steps, method, "before")) for method in methods)
+    assert local > 5 * ours > ddp == 0.0
     assert max(of(steps, "Gossip-PGA, H = 6", "after")) == 0.0
     assert min(of(steps, "gossip", "after")) > 0.0
+    # On so dense a graph five rounds after an average are as far as gossip ever goes, and the card says so.
+    assert fmean(of(steps, "gossip", "before")) == pytest.approx(ours, rel=0.05)
 
 
 @LENGTHS
 def test_gossip_pga_is_within_a_point_of_ddp_on_shards_that_are_sorted(steps):
-    ddp, ours = (fmean(of(steps, m, "accuracy")) for m in ("DDP", "Gossip-PGA, H = 6"))
+    ddp, ours, local = (
+        fmean(of(steps, m, "accuracy")) for m in ("DDP", "Gossip-PGA, H = 6", "Local SGD, H = 6")
+    )
     assert abs(ddp - ours) < 0.01
+    assert local < ours
 
 
 @pytest.mark.timeout(60)
