@@ -58,11 +58,12 @@ class Run:
     after: float
 
 
-def run(num_epochs: int, method: str, seed: int) -> Run:
+def run(num_epochs: int, method: str, seed: int, split: int | None = None) -> Run:
     """One training."""
-    # The split too is drawn anew: on one set of 357 test images all seeds may be wrong alike.
-    models, distances = train(STRATEGIES[method](), 1.0, seed, num_epochs, split=seed)
-    loss, accuracy = evaluate(models.mean(dim=0, keepdim=True), split=seed)
+    # Without a split that is given it is drawn anew: on one set of 357 test images all seeds may be wrong alike.
+    split = seed if split is None else split
+    models, distances = train(STRATEGIES[method](), 1.0, seed, num_epochs, split)
+    loss, accuracy = evaluate(models.mean(dim=0, keepdim=True), split)
     before, after = distances[PERIOD - 2 :: PERIOD], distances[PERIOD - 1 :: PERIOD]
     return Run(len(distances), method, seed, loss, accuracy, fmean(before), max(after))
 
@@ -101,11 +102,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/gossip_pga_ring"), metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch")
     parser.add_argument("--seeds", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("--split", type=int, help="one for all seeds (default: one for each)")
     options = parser.parse_args()
     be_quiet()
     lengths, seeds = ((1,), 1) if options.quick else (LENGTHS, options.seeds)
     settings = list(product(lengths, STRATEGIES, range(seeds)))
-    runs = [run(*setting) for setting in track(settings, transient=True)]
+    runs = [run(*setting, options.split) for setting in track(settings, transient=True)]
     options.output.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(each)) for each in runs)
     (options.output / "gossip_pga_ring.json").write_text(f"[\n{lines}\n]\n")
