@@ -1,9 +1,9 @@
-"""Local SGD beside DDP and Lightning's own post-local SGD: steps per second and bytes per step, in turns.
+"""Strategies that exchange models beside DDP and Lightning's own post-local SGD: steps per second and bytes per step.
 
-All ranks share one machine and its loopback interface, which is the best case for DDP: what Local SGD saves is waiting
-and bytes, and loopback has plenty of both. Rounds are taken in turns, so that whatever else the machine does meets all.
+All ranks share one machine and its loopback interface, which is the best case for DDP: what the others save is waiting
+and bytes, and loopback has plenty of both. Runs are taken in turns, so that whatever else the machine does meets all.
 
-    python benchmarks/local_sgd.py
+    python benchmarks/local_sgd.py --output docs/results/local_sgd_cpu.md
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,20 +28,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from rich.box import MARKDOWN
-from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
     PostLocalSGDState,
     post_localSGD_hook,
 )
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sgd import LocalSGDStrategy
+from lightning_sgd import GossipPGAStrategy, LocalSGDStrategy, OverlapLocalSGDStrategy
 from lightning_sgd.functional.traffic import all_reduce_traffic
+from lightning_sgd.strategies._sigterm import listen_for_sigterm_every
 
 WARM_UP = 10
+SELDOM = 100
 PROCESSES: dict[str, Any] = {"start_method": "fork", "timeout": timedelta(seconds=60)}
+"""Of every strategy."""
 
 
 class MLP(LightningModule):
@@ -72,34 +76,55 @@ class Stopwatch(Callback):
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop."""
-        seconds = (time.perf_counter() - self.begin) / (trainer.global_step - WARM_UP)
+        measured = {"seconds": (time.perf_counter() - self.begin) / (trainer.global_step - WARM_UP)}
         exchange = getattr(trainer.strategy, "exchange", None)
-        sent = exchange.traffic.num_bytes / trainer.global_step if exchange else float("nan")
+        if exchange is not None:
+            measured["blocked"] = exchange.traffic.seconds / trainer.global_step
+            measured["bytes"] = exchange.traffic.num_bytes / trainer.global_step
         if trainer.is_global_zero:
-            torch.save({"seconds": seconds, "bytes": sent}, self.file)
+            torch.save(measured, self.file)
 
 
-def post_local_sgd(period: int) -> Strategy:
+class HeardDDP(DDPStrategy):
+    """DDP that hears SIGTERM as often as it is told, as the strategies of this package do.
+
+    Args:
+        sigterm_every_n_batches: As of these.
+        **settings: For DDP.
+    """
+
+    def __init__(self, sigterm_every_n_batches: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.sigterm_every_n_batches = sigterm_every_n_batches
+
+    def on_train_start(self) -> None:
+        """Thin out Lightning's broadcasts."""
+        assert self.lightning_module is not None
+        listen_for_sigterm_every(self.sigterm_every_n_batches, self.lightning_module.trainer)
+
+
+def post_local_sgd(period: int, **settings: Any) -> Strategy:
     """Lightning's, with torch's averager."""
     state = PostLocalSGDState(process_group=None, subgroup=None, start_localSGD_iter=0)
-    return DDPStrategy(
+    return HeardDDP(
         ddp_comm_state=state,
         ddp_comm_hook=post_localSGD_hook,
         model_averaging_period=period,
-        **PROCESSES,
+        **settings,
     )
 
 
-def candidates(periods: list[int]) -> dict[str, Callable[[], Strategy]]:
-    """What is compared."""
-    found: dict[str, Callable[[], Strategy]] = {"DDP": lambda: DDPStrategy(**PROCESSES)}
+def candidates(periods: Sequence[int]) -> dict[str, Callable[..., Strategy]]:
+    """What is compared; each is called with how often SIGTERM is heard, and with ``PROCESSES``."""
+    found: dict[str, Callable[..., Strategy]] = {"DDP": HeardDDP}
     for h in periods:
-        found[f"post-local SGD of Lightning, H = {h}"] = lambda h=h: post_local_sgd(h)  # type: ignore[misc]
+        found[f"post-local SGD of Lightning, H = {h}"] = partial(post_local_sgd, h)
     for h in periods:
-        found[f"Local SGD, H = {h}"] = lambda h=h: LocalSGDStrategy(period=h, **PROCESSES)  # type: ignore[misc]
-        found[f"Local SGD, H = {h}, SIGTERM heard every 100 batches"] = (  # type: ignore[misc]
-            lambda h=h: LocalSGDStrategy(period=h, sigterm_every_n_batches=100, **PROCESSES)
-        )
+        found[f"Local SGD, H = {h}"] = partial(LocalSGDStrategy, h)
+    for h in periods:
+        found[f"Overlap-Local-SGD, τ = {h}"] = partial(OverlapLocalSGDStrategy, h)
+    found["gossip, one peer"] = partial(GossipPGAStrategy, "one_peer_exponential", None)
+    found["Gossip-PGA, one peer, H = 6"] = partial(GossipPGAStrategy, "one_peer_exponential", 6)
     return found
 
 
@@ -128,50 +153,86 @@ def measure(
     return result
 
 
+Runs = dict[tuple[str, int], list[dict[str, float]]]
+"""By candidate and by how often SIGTERM is heard, what was measured in every round."""
+
+
+def measure_all(args: argparse.Namespace) -> Runs:
+    """Every candidate in every round."""
+    found = candidates(args.periods)
+    runs: Runs = {(name, every): [] for name in found for every in (1, SELDOM)}
+    shape = args.width, args.batch_size, args.num_steps, args.num_ranks
+    for _ in track(range(args.rounds), "Measuring ...", transient=True):
+        for (name, every), results in runs.items():
+            strategy = found[name](sigterm_every_n_batches=every, **PROCESSES)
+            results.append(measure(strategy, *shape))
+    return runs
+
+
+def speed(runs: Runs, name: str, every: int) -> tuple[str, str]:
+    """Steps per second, and how many times as many as those of DDP in the same round."""
+    ours, ddp = ([run["seconds"] for run in runs[key, every]] for key in (name, "DDP"))
+    ratio = median(theirs / mine for theirs, mine in zip(ddp, ours, strict=True))
+    return f"{1 / median(ours):.0f}", f"{ratio:.2f}"
+
+
+def as_table(runs: Runs, ddp_bytes: float) -> str:
+    """One line per candidate, in Markdown."""
+    titles = ["strategy", "steps/s", "× DDP", "steps/s, seldom", "× DDP, seldom"]
+    titles += ["ms waited per step", "kB sent per step and rank"]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    for name in dict.fromkeys(name for name, _ in runs):
+        results = runs[name, SELDOM]
+        waited, sent = "–", f"≥ {ddp_bytes / 1e3:.1f}"
+        if "bytes" in results[0]:
+            waited = f"{1e3 * median(run['blocked'] for run in results):.2f}"
+            sent = f"{results[0]['bytes'] / 1e3:.1f}"
+        lines.append([name, *speed(runs, name, 1), *speed(runs, name, SELDOM), waited, sent])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def as_page(table: str, args: argparse.Namespace, num_parameters: int) -> str:
+    """The command, the table, and under which conditions it was made."""
+    command = " ".join(["python benchmarks/local_sgd.py", *sys.argv[1:]])
+    ranks = f"{args.num_ranks} ranks of one thread"
+    conditions = (
+        f"{num_parameters} parameters, batches of {args.batch_size}, {ranks} on one machine with "
+        f"{os.cpu_count()} cores ({processor()}), torch {torch.__version__}, gloo over loopback. "
+        f"Medians of {args.rounds} rounds of {args.num_steps} steps, "
+        f"ratios to DDP in the same round and column. “Seldom”: all ranks agree on SIGTERM every {SELDOM} batches, not "
+        "before every batch, as Lightning has it; DDP too. Waiting is that of these runs. Bytes of DDP and of "
+        "Lightning's post-local SGD, which on a CPU is DDP with averages on top: those of the gradients."
+    )
+    return f"`{command}`\n\n{table}\n\n{fill(conditions, 120)}\n"
+
+
+def processor() -> str:
+    """What the machine calls its processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown processor"
+
+
 def main() -> None:
-    """Measure in turns, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure in turns, and print the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--periods", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-steps", type=int, default=200)
     parser.add_argument("--num-ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="Markdown file for the table")
+    parser.add_argument("--output", type=Path, help="Markdown file for the page")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-
-    found = candidates(args.periods)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in found}
-    for _ in range(args.rounds):
-        for name, make in found.items():
-            shape = args.width, args.batch_size, args.num_steps, args.num_ranks
-            runs[name].append(measure(make(), *shape))
-
     num_parameters = sum(param.numel() for param in MLP(args.width).parameters())
     ddp_bytes, _ = all_reduce_traffic(4 * num_parameters, args.num_ranks)
-    table = Table(box=MARKDOWN)
-    for heading in ("strategy", "steps/s", "× DDP", "kB sent per step and rank"):
-        table.add_column(heading, justify="left" if heading == "strategy" else "right")
-    for name, results in runs.items():
-        seconds = median(result["seconds"] for result in results)
-        ratio = median(
-            ddp["seconds"] / result["seconds"]
-            for ddp, result in zip(runs["DDP"], results, strict=True)
-        )
-        counted = results[0]["bytes"]
-        sent = f"{counted / 1e3:.1f}" if counted == counted else f"≥ {ddp_bytes / 1e3:.1f}"
-        table.add_row(name, f"{1 / seconds:.0f}", f"{ratio:.2f}", sent)
-    console = Console(width=120, record=True)
-    console.print(table)
-    print(
-        f"{num_parameters} parameters, batches of {args.batch_size}, {args.num_ranks} ranks of one thread on one "
-        f"machine, gloo over loopback; medians of {args.rounds} rounds, ratios within a round. Bytes of DDP and of "
-        "Lightning's post-local SGD, which on a CPU is DDP with averages on top: those of the gradients."
-    )
+    page = as_page(as_table(measure_all(args), ddp_bytes), args, num_parameters)
+    print(page)
     if args.output:
-        args.output.write_text(console.export_text())
+        args.output.write_text(page)
 
 
 if __name__ == "__main__":

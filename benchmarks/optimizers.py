@@ -118,7 +118,7 @@ def imported_peers() -> ModuleType | None:
     except ImportError:
         print("Peers are left out: the package pytorch-optimizer is not installed.")
         return None
-    return pytorch_optimizer  # type: ignore[no-any-return]
+    return pytorch_optimizer
 
 
 @dataclass(frozen=True, slots=True)

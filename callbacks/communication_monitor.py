@@ -15,8 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._monitor import Monitor
 from lightning_sgd.callbacks._traffic_source import TrafficSource, find_source, holds_whole_model
-from lightning_sgd.functional.consensus import consensus_distance, squared_distance
-from lightning_sgd.functional.flat_buffers import FlatBuffers
+from lightning_sgd.functional.consensus import consensus_distance
+from lightning_sgd.functional.flat_buffers import FlatBuffers, distance
 from lightning_sgd.functional.traffic import Traffic, blocked_share, traffic_table
 
 
@@ -248,13 +248,14 @@ def _gather(trainer: Trainer, numbers: list[float]) -> list[list[float]]:
 
 def _distance(trainer: Trainer, pl_module: LightningModule) -> float:
     """Of the trainable parameters, without touching them."""
-    if trainer.world_size == 1:
+    trained = [param.detach() for param in pl_module.parameters() if param.requires_grad]
+    if trainer.world_size == 1 or not trained:
         return 0.0
     # In float64 the mean of equal models is that model, and the distance exactly zero.
-    flat = FlatBuffers([p.detach() for p in pl_module.parameters() if p.requires_grad], exact=True)
+    flat = FlatBuffers(trained, exact=True)
     flat.pack()
     for buffer in flat.buffers:
         dist.all_reduce(buffer)
         buffer.div_(trainer.world_size)
-    gathered = _gather(trainer, [squared_distance(flat)])
+    gathered = _gather(trainer, [float(distance(flat.tensors, flat.views)) ** 2])
     return consensus_distance([squared for (squared,) in gathered])

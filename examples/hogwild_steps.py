@@ -12,9 +12,9 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.box import MARKDOWN, SIMPLE_HEAD
@@ -104,17 +104,22 @@ def simulate(step_size: Callable[[float], float], delay: int, times: Sequence[in
     return errors
 
 
+def constant(lr: float, _: float) -> float:
+    """The same step size at all times."""
+    return lr
+
+
 def schedules(delay: int) -> dict[str, Callable[[float], float]]:
     """Every schedule of the table for one delay."""
-    settings = {"mu": PENALTY, "L": CURVATURE}
+    settings: dict[str, Any] = {"mu": PENALTY, "L": CURVATURE}
     delayed = {**settings, "theorem": "hogwild", "max_delay": delay}
     found: dict[str, Callable[[float], float]] = {}
     if delay == 0:
-        found["theorem 2: 2/(μ(t + E))"] = diminishing_steps(**settings).at  # type: ignore[arg-type]
-    found["theorem 5, smooth"] = diminishing_steps(**delayed).at  # type: ignore[arg-type]
-    found["theorem 5, doubling"] = diminishing_steps(**delayed, form="doubling").at  # type: ignore[arg-type]
+        found["theorem 2: 2/(μ(t + E))"] = diminishing_steps(**settings).at
+    found["theorem 5, smooth"] = diminishing_steps(**delayed).at
+    found["theorem 5, doubling"] = diminishing_steps(**delayed, form="doubling").at
     for share in (0.5, 0.05, 0.005):
-        found[f"constant {share}/L"] = lambda _, lr=share / CURVATURE: lr  # type: ignore[misc]
+        found[f"constant {share}/L"] = partial(constant, share / CURVATURE)
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
@@ -95,7 +95,7 @@ class ElasticAveraging(Rule):
 
     def cross(self, models: Tensor) -> None:
         """Workers and centre attract each other."""
-        pull = 0.9 / NUM_WORKERS * (models - self.anchor)
+        pull = 0.9 / len(models) * (models - self.anchor)
         models.sub_(pull)
         self.anchor += pull.sum(dim=0)
 
@@ -131,12 +131,12 @@ class Run:
 
 
 @cache
-def load_digits() -> tuple[Samples, Samples]:
-    """1440 images for training and 357 for testing, 64 pixels between 0 and 1 each."""
+def load_digits(split: int = 0) -> tuple[Samples, Samples]:
+    """1440 images for training and 357 for testing, 64 pixels between 0 and 1 each; which, the split decides."""
     from sklearn import datasets
 
     pixels, labels = datasets.load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(split))
     x, y = torch.from_numpy(pixels).float()[order] / 16, torch.from_numpy(labels)[order]
     return (x[:NUM_TRAIN], y[:NUM_TRAIN]), (x[NUM_TRAIN:], y[NUM_TRAIN:])
 
@@ -156,39 +156,64 @@ def logits(models: Tensor, x: Tensor) -> Tensor:
     return torch.baddbmm(parts[3][:, None], hidden, parts[2].view(-1, 10, 32).mT)
 
 
-def train(method: str, shards: str, period: int, seed: int, num_epochs: int = NUM_EPOCHS) -> Run:
-    """Nesterov SGD on every worker, the step size a tenth for the last quarter, and the rule at every boundary."""
-    (x, y), _ = load_digits()
+def batches(
+    skew: float, seed: int, num_epochs: int, num_workers: int, split: int = 0
+) -> Iterator[Tensor]:
+    """For every step the images of each worker's batch, reshuffled every epoch: (workers, batch)."""
+    (_, y), _ = load_digits(split)
     generator = torch.Generator().manual_seed(seed)
-    own = torch.stack(partition_by_label(y, NUM_WORKERS, SKEWS[shards], generator))
-    make, factor = METHODS[method]
-    models = start(seed).repeat(NUM_WORKERS, 1).requires_grad_()
-    rule, optimizer = (
-        make(start(seed)),
-        torch.optim.SGD([models], momentum=0.9, nesterov=True, lr=LR),
-    )
-    per_epoch = own.shape[1] // BATCH_SIZE
-    num_steps = num_epochs * per_epoch
-    for step in range(num_steps):
-        if step % per_epoch == 0:
-            order = torch.rand(own.shape, generator=generator).argsort(dim=1)
-        lr = factor * LR * (0.1 if step >= 0.75 * num_steps else 1.0)
+    own = torch.stack(partition_by_label(y, num_workers, skew, generator))
+    for _ in range(num_epochs):
+        order = torch.rand(own.shape, generator=generator).argsort(dim=1)
+        for batch in order.split(BATCH_SIZE, dim=1):
+            if batch.shape[1] == BATCH_SIZE:
+                yield own.gather(1, batch)
+
+
+def decay(step: int, num_steps: int) -> float:
+    """The step size as a part of what it is at first: a tenth for the last quarter."""
+    return 0.1 if step >= 0.75 * num_steps else 1.0
+
+
+def simulate(
+    rule: Rule, models: Tensor, index: Sequence[Tensor], period: int, factor: float
+) -> Tensor:
+    """Nesterov SGD on every worker, and the rule at every boundary; the models of all workers at the end."""
+    (x, y), _ = load_digits()
+    models = models.clone().requires_grad_()
+    optimizer = torch.optim.SGD([models], momentum=0.9, nesterov=True, lr=LR)
+    for step, batch in enumerate(index):
+        lr = factor * LR * decay(step, len(index))
         optimizer.param_groups[0]["lr"] = rule.lr = lr
-        batch = order[:, step % per_epoch * BATCH_SIZE :][:, :BATCH_SIZE]
-        index = own.gather(1, batch)
         optimizer.zero_grad()
-        loss = cross_entropy(logits(models, x[index]).flatten(0, 1), y[index].flatten())
-        (NUM_WORKERS * loss).backward()  # of each worker the mean over its own batch
+        loss = cross_entropy(logits(models, x[batch]).flatten(0, 1), y[batch].flatten())
+        (len(models) * loss).backward()  # of each worker the mean over its own batch
         optimizer.step()
         if (step + 1) % period == 0:
             with torch.no_grad():
                 rule.cross(models)
-    return Run(method, shards, period, seed, *evaluate(models.detach()))
+    return models.detach()
 
 
-def evaluate(models: Tensor) -> tuple[float, float]:
+def train(
+    method: str,
+    shards: str,
+    period: int,
+    seed: int,
+    num_epochs: int = NUM_EPOCHS,
+    num_workers: int = NUM_WORKERS,
+) -> Run:
+    """One training of one method."""
+    make, factor = METHODS[method]
+    index = list(batches(SKEWS[shards], seed, num_epochs, num_workers))
+    first = start(seed)
+    models = simulate(make(first), first.repeat(num_workers, 1), index, period, factor)
+    return Run(method, shards, period, seed, *evaluate(models))
+
+
+def evaluate(models: Tensor, split: int = 0) -> tuple[float, float]:
     """Training loss of the mean model, and test accuracy of the workers' own."""
-    (x, y), (test_x, test_y) = load_digits()
+    (x, y), (test_x, test_y) = load_digits(split)
     loss = cross_entropy(logits(models.mean(dim=0, keepdim=True), x[None])[0], y)
     guesses = logits(models, test_x.expand(len(models), -1, -1)).argmax(dim=2)
     return float(f"{loss:.4g}"), float(f"{(guesses == test_y).double().mean():.4g}")
@@ -214,13 +239,14 @@ def as_table(runs: Sequence[Run]) -> Table:
     """One line per method; losses, in brackets accuracies in %."""
     table = Table()
     table.add_column("shards, method", no_wrap=True)
-    for period in PERIODS:
+    periods = sorted({run.period for run in runs} - {1})
+    for period in periods:
         table.add_column(f"τ = {period}", justify="right", no_wrap=True)
     for shards in SKEWS:
         parallel = cell(runs, "Local SGD", shards, 1)
-        table.add_row(f"{shards}, parallel SGD", parallel, parallel, parallel)
+        table.add_row(f"{shards}, parallel SGD", *[parallel] * len(periods))
         for method in METHODS:
-            cells = (cell(runs, method, shards, period) for period in PERIODS)
+            cells = (cell(runs, method, shards, period) for period in periods)
             table.add_row(f"{shards}, {method}", *cells)
     return table
 

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,9 @@ class Purpose(IntEnum):
 
 NUM_TAGS = 61
 """Tags are small enough that sums of their squares are exact in float32 for thousands of ranks."""
+
+HANG_UP_SECONDS = 2.0
+"""How long to wait for what is in flight when a rank fails; the end of its process closes the rest."""
 
 
 class Exchange:
@@ -177,26 +181,28 @@ class Exchange:
                 dist.broadcast(buffer, src=0, group=self.group)
                 self._count(*broadcast_traffic(buffer.nbytes, self.num_ranks))
 
-    def agree(self, value: int) -> bool:
+    def agree(self, value: int, step: int) -> bool:
         """Whether all ranks have the same number.
 
         Args:
             value: This rank's.
+            step: Optimizer steps so far, for the message if a rank fails.
         """
         extremes = torch.tensor([value, -value])
-        with self._timed(Purpose.STATE, 0):
+        with self._timed(Purpose.STATE, step):
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.objects)
             self._count(*all_reduce_traffic(extremes.nbytes, self.num_ranks))
         return bool(extremes[0] == -extremes[1])
 
-    def gather(self, thing: Any) -> list[Any] | None:
+    def gather(self, thing: Any, step: int) -> list[Any] | None:
         """Bring plain containers of CPU tensors to rank 0, which gets a list by rank; the others ``None``.
 
         Args:
             thing: This rank's.
+            step: Optimizer steps so far, for the message if a rank fails.
         """
         things = [None] * self.num_ranks if self.rank == 0 else None
-        with self._timed(Purpose.STATE, 0):
+        with self._timed(Purpose.STATE, step):
             dist.gather_object(thing, things, dst=0, group=self.objects)
         return things
 
@@ -235,12 +241,15 @@ class Exchange:
         """Close all connections, so that ranks that wait for this one learn of its failure at once."""
         for exchange in self._in_flight:
             exchange.works.clear()
-        self.__dict__.pop("group", None)
-        self.__dict__.pop("background", None)
-        self.__dict__.pop("objects", None)
-        self.__dict__.pop("world", None)
+        kept = [self.__dict__.pop("background", None)] if self._in_flight else []
+        for name in ("group", "background", "objects", "world"):
+            self.__dict__.pop(name, None)
         with suppress(Exception):
             dist.destroy_process_group()
+        # A group closes only when what is in flight in it has arrived or timed out, and whoever closes it waits.
+        closing = Thread(target=kept.clear, daemon=True)
+        closing.start()
+        closing.join(HANG_UP_SECONDS)
 
     def _raise_stray(self, peer: int, step: int) -> None:
         place = _place(Purpose.GOSSIP, step)

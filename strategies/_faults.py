@@ -36,14 +36,27 @@ class RollCall:
         self.store = PrefixStore("lightning_sgd/roll_call", store)
 
     def report(self, message: str) -> None:
-        """Let the others know what happened here; the first report counts.
+        """Let the others know what happened here, before they notice; the first report counts.
 
         Args:
             message: Continues "rank 3 …".
         """
         with suppress(Exception):  # the rank that keeps the store may be gone
             self.store.compare_set(f"said/{self.rank}", "", message)
-            self._stay_for_the_others()
+
+    def stay(self, ranks: Iterable[int] | None = None) -> None:
+        """Rank 0 may keep the store: it must not leave before the others have read a report, or have failed too.
+
+        Args:
+            ranks: Which others; by default all.
+        """
+        if self.rank:
+            return
+        waited_for = list(range(1, self.num_ranks) if ranks is None else ranks)
+        deadline = time.monotonic() + self.seconds
+        with suppress(Exception):
+            while not all(map(self._is_done, waited_for)) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
 
     def take(self, place: str) -> str:
         """Report that an exchange failed here, hear the others, and name who is to blame.
@@ -56,22 +69,20 @@ class RollCall:
             self._wait_for("said", range(self.num_ranks))
             reports = {rank: self._heard(rank) for rank in range(self.num_ranks)}
             self.store.set(f"heard/{self.rank}", "")
-            self._stay_for_the_others()
+            self.stay(rank for rank, said in reports.items() if said)
         except Exception:
             return "Rank 0 does not answer: it failed, or was stopped, or its host is out of reach."
         return blame(reports)
-
-    def _stay_for_the_others(self) -> None:
-        """Rank 0 may keep the store: it must not leave before the others have read what is there."""
-        if self.rank == 0:
-            there = [rank for rank in range(1, self.num_ranks) if self._heard(rank) is not None]
-            self._wait_for("heard", there)
 
     def _wait_for(self, page: str, ranks: Iterable[int]) -> None:
         keys = [f"{page}/{rank}" for rank in ranks]
         deadline = time.monotonic() + self.seconds
         while not self.store.check(keys) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
+
+    def _is_done(self, rank: int) -> bool:
+        said = self._heard(rank)
+        return self.store.check([f"heard/{rank}"]) or (said is not None and LOST not in said)
 
     def _heard(self, rank: int) -> str | None:
         key = f"said/{rank}"

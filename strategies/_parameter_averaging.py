@@ -292,12 +292,12 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         part = checkpoints.rank_part(mine, self._state())
         if self.exchange is None or self._has_failed:
             return checkpoints.with_ranks(checkpoint, [part], self.num_ranks)
+        step = self.replicas[0].num_steps
         if checkpoint["state_dict"] is not self._written:
             # A callback such as WeightAveraging has put its own model there, one per rank.
-            step = self.replicas[0].num_steps
             mean = checkpoints.mean_over_ranks(checkpoint["state_dict"], self.exchange, step)
             checkpoint = {**checkpoint, "state_dict": mean}
-        parts = self.exchange.gather(part)
+        parts = self.exchange.gather(part, step)
         # What this rank's part shares with the rest of the file is written once.
         parts = None if parts is None else [part, *parts[1:]]
         return checkpoints.with_ranks(checkpoint, parts, self.num_ranks) if parts else checkpoint
@@ -351,13 +351,19 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         if self.consensus is not None:
             self.consensus.close()
         if self.exchange is not None and not isinstance(exception, ExchangeError):
-            roll_call = self.exchange.roll_call
-            self.exchange.hang_up()
-            if is_failed_exchange(exception):
-                exception.args = (f"{exception} {roll_call.take('something else')}",)
-            else:
-                roll_call.report(f"raised {type(exception).__name__}: {exception}")
+            self._blame(self.exchange, exception)
         super().on_exception(exception)
+
+    @staticmethod
+    def _blame(exchange: Exchange, exception: BaseException) -> None:
+        roll_call = exchange.roll_call
+        if is_failed_exchange(exception):
+            exchange.hang_up()
+            exception.args = (f"{exception} {roll_call.take('something else')}",)
+        else:
+            roll_call.report(f"raised {type(exception).__name__}: {exception}")
+            exchange.hang_up()
+            roll_call.stay()
 
     @property
     def _has_failed(self) -> bool:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.functional.flat_buffers import FlatBuffers
 from lightning_sgd.functional.local_sgd import PeriodSchedule, RunningMean
 from lightning_sgd.strategies._consensus import BufferPolicy, OptimizerStatePolicy
-from lightning_sgd.strategies._exchange import Exchange, Purpose
+from lightning_sgd.strategies._gradients import average_gradients, describe_warm_up
 from lightning_sgd.strategies._parameter_averaging import (
     InitialWeights,
     ParameterAveragingStrategy,
@@ -109,11 +107,7 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
 
     def describe(self) -> str:
         """When models are averaged."""
-        begin = (
-            f"exchanged as gradients for {self.warmup_steps} steps, then "
-            if self.warmup_steps
-            else ""
-        )
+        begin = describe_warm_up(self.warmup_steps)
         if self.period is None:
             what = (
                 "models"
@@ -178,25 +172,3 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
         known = num_steps != float("inf")
         expect(known, "tail_start", "a step where nobody knows how many", self.tail_start, remedy)
         return int(self.tail_start * num_steps)
-
-
-@torch.no_grad()
-def average_gradients(exchange: Exchange, replica: Replica) -> None:
-    """Give all ranks the mean of their gradients, zero where one has none; where none has one, nobody gets one.
-
-    Args:
-        exchange: Between the ranks.
-        replica: What the gradients are of.
-    """
-    params = replica.tensors
-    remedy = "Set sparse=False in the embedding, or warmup_steps=0."
-    dense = not any(p.grad is not None and p.grad.is_sparse for p in params)
-    expect(dense, "gradients", "dense during the warm-up", "a sparse one", remedy)
-    used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = FlatBuffers([*gradients, used])
-    flat.pack()
-    exchange.mean(flat, Purpose.GRADIENTS, replica.num_steps)
-    flat.unpack()
-    for param, gradient, share in zip(params, gradients, used.tolist(), strict=True):
-        param.grad = gradient if share else None

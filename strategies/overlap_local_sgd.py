@@ -13,6 +13,7 @@ from lightning_sgd._validation import expect
 from lightning_sgd.functional.overlap_local_sgd import effective_step
 from lightning_sgd.strategies._anchor import Anchor
 from lightning_sgd.strategies._consensus import BufferPolicy
+from lightning_sgd.strategies._gradients import average_gradients, describe_warm_up
 from lightning_sgd.strategies._parameter_averaging import (
     InitialWeights,
     ParameterAveragingStrategy,
@@ -51,6 +52,9 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
             and loggers see stays as it is.
         scale_velocity_with_lr: Keep the velocity of the anchor in proportion to the step size (that of the first
             parameter group), so that after a drop it does not go on at the old speed.
+        warmup_steps: So many steps at first exchange gradients, as DDP does; the anchor starts from what they lead to.
+        overlap: Whether an exchange goes on during the next round. Without it every rank waits, and the training is the
+            same bit by bit: what waiting costs can be seen, and trouble told apart.
         eval_model: What is validated, and what is in checkpoints and left at the end: the ``mean`` of the models, or
             the ``anchor``, which lags one round behind. With ``local`` each rank validates its own model, and
             checkpoints and the end are as with ``mean``.
@@ -77,8 +81,6 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         Distributed SGD. ICASSP 2020.
     """
 
-    in_background = True
-
     def __init__(
         self,
         period: int = 2,
@@ -86,6 +88,8 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         anchor_momentum: float = 0.7,
         lr_compensation: bool = False,
         scale_velocity_with_lr: bool = True,
+        warmup_steps: int = 0,
+        overlap: bool = True,
         eval_model: Literal["mean", "anchor", "local"] = "mean",
         buffers: BufferPolicy = "average",
         initial_weights: InitialWeights = "broadcast",
@@ -109,8 +113,10 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         remedy = "0 is no momentum, 0.7 is the default."
         valid = 0 <= anchor_momentum < 1
         expect(valid, "anchor_momentum", "in [0, 1)", anchor_momentum, remedy)
+        expect(warmup_steps >= 0, "warmup_steps", "at least 0", warmup_steps, "The default is 0.")
         self.period, self.pullback, self.anchor_momentum = period, pullback, anchor_momentum
         self.lr_compensation, self.scale_velocity_with_lr = lr_compensation, scale_velocity_with_lr
+        self.warmup_steps, self.in_background = warmup_steps, overlap
         self.eval_model = eval_model
         self._forget()
 
@@ -118,8 +124,11 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         """When models are pulled together, and what that does to the step size."""
         effective = effective_step(self.pullback, self.anchor_momentum)
         steps = "compensated" if self.lr_compensation else f"counting {effective:.2f} of their size"
+        begin = describe_warm_up(self.warmup_steps)
+        waits = "" if self.in_background else ", without overlap"
         return (
-            f"pulled towards their mean of one round ago every {self.period} steps, steps {steps}"
+            f"{begin}pulled towards their mean of one round ago every {self.period} steps{waits}, "
+            f"steps {steps}"
         )
 
     def setup(self, trainer: Trainer) -> None:
@@ -139,8 +148,11 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
             self._anchors.append(anchor)
 
     def before_step(self, replica: Replica) -> None:
-        """Give parameters that are new their anchor, and make the step larger."""
-        if not self._anchors:
+        """Exchange gradients during the warm-up; after it give new parameters their anchor, and enlarge the step."""
+        if self.exchange is None:
+            return
+        if replica.num_steps < self.warmup_steps:
+            average_gradients(self.exchange, replica)
             return
         self._anchors[replica.index].settle()
         if self.lr_compensation and replica.index not in self._given:
@@ -156,8 +168,16 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         if given is not None:
             for group, lr in zip(replica.optimizer.param_groups, given, strict=True):
                 group["lr"] = lr
-        if self._anchors and replica.num_steps % self.period == 0:
-            self._anchors[replica.index].cross()
+        num_steps = replica.num_steps - self.warmup_steps
+        if num_steps <= 0:
+            replica.share()
+        elif self._anchors and num_steps % self.period == 0:
+            self._cross(self._anchors[replica.index])
+
+    def _cross(self, anchor: Anchor) -> None:
+        anchor.cross()
+        if not self.in_background:
+            anchor.arrive()
 
     def candidate(self, replica: Replica) -> list[Tensor] | None:
         """The anchor, if that is to be evaluated."""

@@ -88,7 +88,7 @@ def test_rules_of_the_controls_by_hand():
     models = torch.tensor([[1.0], [3.0]])
     easgd = digits.ElasticAveraging(start)
     easgd.cross(models)
-    pull = 0.9 / 8
+    pull = 0.9 / 2
     np.testing.assert_allclose(models.numpy(), [[1 - pull], [3 - 3 * pull]], rtol=1e-6)
     assert easgd.anchor.item() == pytest.approx(4 * pull)
 

@@ -14,7 +14,17 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from support.callback_training import Classifier, digits
 from support.rank_processes import run_as_torchrun
-from support.strategy_training import FORK, NUM_BATCHES, Run, flat, loader, samples, sgd, spread
+from support.strategy_training import (
+    FORK,
+    NUM_BATCHES,
+    Run,
+    ddp,
+    flat,
+    loader,
+    samples,
+    sgd,
+    spread,
+)
 from support.training import Regression, loss_of, network, trainer
 
 from lightning_sgd import LocalSGDStrategy, OverlapLocalSGDStrategy
@@ -53,7 +63,7 @@ def boundary_matrix(m, alpha):
     return w
 
 
-def by_recursion(num_ranks, period, alpha, beta, *, factor=1.0, lr=lambda _: 0.1, late=1):
+def by_recursion(num_ranks, period, alpha, beta, *, factor=1.0, lr=lambda _: 0.1, late=1, warmup=0):
     """Every rank's weights after every step, and the anchors, in NumPy; torch only takes each rank's own step.
 
     With ``late=1`` a boundary pulls towards the mean of the boundary before it.
@@ -66,13 +76,20 @@ def by_recursion(num_ranks, period, alpha, beta, *, factor=1.0, lr=lambda _: 0.1
     for step in range(1, STEPS + 1):
         begin = (step - 1) % NUM_BATCHES * 8
         for rank, (net, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
-            mine = slice(begin + rank, begin + 8, num_ranks)
-            optimizer.param_groups[0]["lr"] = factor * lr(step)
+            # Parallel SGD sees the samples of all ranks.
+            mine = (
+                slice(begin, begin + 8)
+                if step <= warmup
+                else slice(begin + rank, begin + 8, num_ranks)
+            )
+            optimizer.param_groups[0]["lr"] = (1 if step <= warmup else factor) * lr(step)
             optimizer.zero_grad()
             loss_of(net, (x[mine], y[mine])).backward()
             optimizer.step()
         models = np.stack([flat(net).numpy() for net in nets])
-        if step % period == 0:
+        if step <= warmup:
+            z = models[0].copy()
+        elif (step - warmup) % period == 0:
             if len(means) >= late:
                 mean, scale = means[-late]
                 v = beta * scale * v + (mean - z)
@@ -195,6 +212,50 @@ def test_every_step_of_every_rank_is_that_of_the_recursion(tmp_path, num_ranks, 
     # Pulled back to the mean of two boundaries ago, it would be another training.
     staler, _ = by_recursion(num_ranks, period, 0.6, beta, late=2)
     assert spread([run.trace[-1][0], staler[-1][0]]) > 1e-4
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_the_warm_up_is_parallel_sgd_and_the_anchor_starts_from_it(tmp_path, period):
+    settings = {"warmup_steps": 5, "lr_compensation": True}
+    run = Run(tmp_path, overlap(period=period, **settings), ranks=4, precision="64-true")
+    factor = (1 - 0.6 * 0.7) / (1 - 0.6)
+    trace, _ = by_recursion(4, period, 0.6, 0.7, factor=factor, warmup=5)
+    close(run.trace, trace, 1e-12)
+    spreads = [spread(weights) for weights in run.trace]
+    assert [s == 0.0 for s in spreads] == [True] * 5 + [False] * (STEPS - 5)
+
+
+def test_the_warm_up_is_ddp_for_any_optimizer(tmp_path):
+    module = lambda: Regression(lambda params: torch.optim.Adam(params, lr=0.1))  # noqa: E731
+    ours = Run(tmp_path / "ours", overlap(warmup_steps=6), module())
+    theirs = Run(tmp_path / "ddp", ddp(), module())
+    close(ours.trace[:6], theirs.trace[:6], 1e-6)
+
+
+class InFlight(Regression):
+    """Writes down after every step how many exchanges are in flight."""
+
+    def on_train_start(self):
+        self.seen = []
+
+    def on_train_batch_end(self, *_):
+        self.seen.append(len(self.trainer.strategy.exchange._in_flight))
+
+    def on_fit_end(self):
+        torch.save(self.seen, f"{self.trainer.default_root_dir}/seen")
+
+
+def test_without_overlap_every_rank_waits_and_the_training_is_the_same(tmp_path):
+    runs, seen = {}, {}
+    for overlaps in (True, False):
+        folder = tmp_path / str(overlaps)
+        runs[overlaps] = Run(folder, overlap(period=3, overlap=overlaps), InFlight(sgd), ranks=4)
+        seen[overlaps] = torch.load(folder / "seen")
+    assert seen[True] == [0, 0] + [1] * (STEPS - 2)
+    assert seen[False] == [0] * STEPS
+    for ours, theirs in zip(runs[True].ranks, runs[False].ranks, strict=True):
+        assert all(map(torch.equal, ours["trace"], theirs["trace"]))
+        assert torch.equal(ours["final"], theirs["final"])
 
 
 class Anchored(Regression):
@@ -374,9 +435,11 @@ def fit(folder, ranks, resume=None, saves=True, **settings):
     )
 
 
-@pytest.mark.parametrize(("at", "ranks"), [(4, 4), (5, 2), (1, 2)])
-def test_resume_is_exact_in_flight_and_in_the_middle_of_a_round(tmp_path, at, ranks):
-    settings = {"period": 2, "lr_compensation": True}
+@pytest.mark.parametrize(
+    ("at", "ranks", "warmup"), [(4, 4, 0), (5, 2, 0), (1, 2, 0), (2, 2, 3), (6, 2, 3)]
+)
+def test_resume_is_exact_in_flight_and_in_the_middle_of_a_round(tmp_path, at, ranks, warmup):
+    settings = {"period": 2, "lr_compensation": True, "warmup_steps": warmup}
     plain = fit(tmp_path / "plain", ranks, saves=False, **settings)
     through = fit(tmp_path / "through", ranks, **settings)
     resumed = fit(tmp_path / "resumed", ranks, tmp_path / "through" / f"{at}.ckpt", **settings)
@@ -407,26 +470,61 @@ def test_the_anchor_distance_is_logged(tmp_path):
         assert logged == pytest.approx(float(left) / 0.4, rel=1e-5)
 
 
-class Killed(Regression):
-    """Rank 1 is killed while the mean is on its way."""
+class Failing(Regression):
+    """Ranks get a signal, or raise.
+
+    Args:
+        failures: By rank and number of the step, counted from 0, the signal; ``None`` to raise.
+    """
+
+    def __init__(self, failures):
+        super().__init__(sgd)
+        self.failures = failures
 
     def training_step(self, batch, batch_idx):
-        if self.global_rank == 1 and self.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
+        place = self.global_rank, self.global_step
+        if place in self.failures and self.failures[place] is None:
+            raise ValueError("the data are gone")
+        if place in self.failures:
+            os.kill(os.getpid(), self.failures[place])
         return super().training_step(batch, batch_idx)
 
 
-def test_a_rank_that_is_killed_with_a_mean_in_flight_is_named(tmp_path):
-    def work(rank):
-        settings = {"start_method": "popen", "timeout": timedelta(seconds=6)}
-        strategy = overlap(period=4, sigterm_every_n_batches=0, **settings)
-        quiet = trainer(tmp_path, devices=3, strategy=strategy, use_distributed_sampler=False)
-        quiet.fit(Killed(sgd), loader(3))
+def fail(tmp_path, failures, ranks, every, meanwhile=None):
+    """Outcomes by rank, where a boundary follows step 4 and nobody gives up within 30 seconds."""
 
-    outcomes = run_as_torchrun(work, 3, tmp_path)
-    for rank in (0, 2):
+    def work(rank):
+        settings = {"start_method": "popen", "timeout": timedelta(seconds=30)}
+        strategy = overlap(period=4, sigterm_every_n_batches=every, **settings)
+        quiet = trainer(tmp_path, devices=ranks, strategy=strategy, use_distributed_sampler=False)
+        quiet.fit(Failing(failures), loader(ranks))
+
+    return run_as_torchrun(work, ranks, tmp_path, meanwhile=meanwhile)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_rank_that_is_killed_is_named_at_once(tmp_path, step, every):
+    # In step 3 it has not sent what the others send next, so that their mean never arrives; after 5 it has.
+    outcomes = fail(tmp_path, {(1, step): signal.SIGKILL}, ranks=4, every=every)
+    for rank in (0, 2, 3):
         assert "Rank 1 does not answer" in outcomes[rank].error
         assert outcomes[rank].seconds < 20
+
+
+def bury(processes):
+    """Kill the stopped rank when the one that raises has ended."""
+    processes[1].join(40)
+    os.kill(processes[2].pid, signal.SIGKILL)
+
+
+def test_a_rank_that_raises_does_not_wait_for_a_mean_that_never_arrives(tmp_path):
+    # Rank 2 stands still before the boundary, rank 1 raises after it: what it has in flight stays there.
+    failures = {(2, 3): signal.SIGSTOP, (1, 4): None}
+    outcomes = fail(tmp_path, failures, ranks=3, every=0, meanwhile=bury)
+    assert outcomes[1].error == "ValueError: the data are gone"
+    assert outcomes[1].seconds < 20
+    assert "Rank 1 raised ValueError: the data are gone" in outcomes[0].error
 
 
 class Ahead(Regression):
@@ -460,6 +558,7 @@ def test_a_mean_of_another_step_is_found_out(tmp_path):
             r"Expected `pullback` to be in \(0, 1\), got 1.0. With 1 training stan",
         ),
         ({"pullback": 0.0}, r"Expected `pullback` to be in \(0, 1\), got 0.0"),
+        ({"warmup_steps": -1}, r"Expected `warmup_steps` to be at least 0, got -1"),
         ({"anchor_momentum": 1.0}, r"Expected `anchor_momentum` to be in \[0, 1\), got 1.0"),
     ],
 )
