@@ -183,7 +183,7 @@ class Consensus:
             return
         tensors = state_tensors(replica.optimizer)
         # A rank may lack the state of a parameter that it has not used yet, or whose first step a GradScaler skipped.
-        if not exchange.agree(sum(tensor.numel() for tensor in tensors)):
+        if not exchange.agree(sum(tensor.numel() for tensor in tensors), replica.num_steps):
             self._warn_of_layout()
         elif tensors:
             flat = FlatBuffers(tensors)

@@ -177,26 +177,28 @@ class Exchange:
                 dist.broadcast(buffer, src=0, group=self.group)
                 self._count(*broadcast_traffic(buffer.nbytes, self.num_ranks))
 
-    def agree(self, value: int) -> bool:
+    def agree(self, value: int, step: int) -> bool:
         """Whether all ranks have the same number.
 
         Args:
             value: This rank's.
+            step: Optimizer steps so far, for the message if a rank fails.
         """
         extremes = torch.tensor([value, -value])
-        with self._timed(Purpose.STATE, 0):
+        with self._timed(Purpose.STATE, step):
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.objects)
             self._count(*all_reduce_traffic(extremes.nbytes, self.num_ranks))
         return bool(extremes[0] == -extremes[1])
 
-    def gather(self, thing: Any) -> list[Any] | None:
+    def gather(self, thing: Any, step: int) -> list[Any] | None:
         """Bring plain containers of CPU tensors to rank 0, which gets a list by rank; the others ``None``.
 
         Args:
             thing: This rank's.
+            step: Optimizer steps so far, for the message if a rank fails.
         """
         things = [None] * self.num_ranks if self.rank == 0 else None
-        with self._timed(Purpose.STATE, 0):
+        with self._timed(Purpose.STATE, step):
             dist.gather_object(thing, things, dst=0, group=self.objects)
         return things
 

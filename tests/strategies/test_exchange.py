@@ -102,7 +102,7 @@ def test_tags_are_equal_exactly_when_their_sums_say_so(num_ranks, dtype):
 def test_ranks_agree_or_not(tmp_path):
     def work(rank):
         ours = exchange()
-        return ours.agree(5), ours.agree(rank)
+        return ours.agree(5, 0), ours.agree(rank, 0)
 
     assert run_ranks(work, 2, tmp_path) == [(True, False)] * 2
 
@@ -111,7 +111,7 @@ def test_things_are_gathered(tmp_path):
     def work(rank):
         ours = exchange()
         thing = {"rank": rank, "tensor": torch.tensor([rank])}
-        return ours.gather(thing), ours.gather_everywhere(rank)
+        return ours.gather(thing, 0), ours.gather_everywhere(rank)
 
     (first, everywhere), (second, _) = run_ranks(work, 2, tmp_path)
     assert [thing["rank"] for thing in first] == everywhere == [0, 1]
@@ -130,7 +130,15 @@ def test_waiting_is_measured(tmp_path):
     assert waited > 0.3
 
 
-def test_the_rank_that_waits_gives_up_in_time_and_names_the_other(tmp_path):
+WAYS = {
+    "round": lambda ours: ours.mean(FlatBuffers([torch.randn(3)]), Purpose.ROUND, 7),
+    "state, agreed": lambda ours: ours.agree(1, 7),
+    "state, gathered": lambda ours: ours.gather({}, 7),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_rank_that_waits_gives_up_in_time_and_names_place_and_rank(tmp_path, way):
     def work(rank):
         ours = Exchange(timedelta(seconds=1))
         if rank == 1:
@@ -138,7 +146,7 @@ def test_the_rank_that_waits_gives_up_in_time_and_names_the_other(tmp_path):
             return "", 0.0
         begin = time.monotonic()
         try:
-            ours.mean(FlatBuffers([torch.randn(3)]), Purpose.ROUND, 0)
+            WAYS[way](ours)
         except ExchangeError as error:
             took = time.monotonic() - begin
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -146,7 +154,8 @@ def test_the_rank_that_waits_gives_up_in_time_and_names_the_other(tmp_path):
         return "", 0.0
 
     message, seconds = run_ranks(work, 2, tmp_path)[0]
-    assert "Rank 0 could not finish the exchange of round after step 0." in message
+    place = way.split(",")[0]
+    assert f"Rank 0 could not finish the exchange of {place} after step 7." in message
     assert "Rank 1 does not answer: killed, stopped, or out of reach." in message
     assert seconds < 1 + 2 + 1  # the timeout, the roll call, and some
 
