@@ -99,6 +99,10 @@ class UnwrappedStrategy(DDPStrategy, ABC):
     def close(self) -> None:
         """Put this rank's own things back, and exchange nothing any more: a rank has failed."""
 
+    def make_exchange(self) -> Exchange:
+        """What a subclass exchanges by; makes process groups, so all ranks come here."""
+        return Exchange(self._timeout, in_background=self.in_background)
+
     def own_metrics(self) -> dict[str, float]:
         """What else to log beside the traffic, by key."""
         return {}
@@ -137,7 +141,7 @@ class UnwrappedStrategy(DDPStrategy, ABC):
             return
         refuse_unsupported(self)
         if self.world_size > 1 and (self.exchange is None or not self.exchange.is_valid):
-            self.exchange = Exchange(self._timeout, in_background=self.in_background)
+            self.exchange = self.make_exchange()
         super().setup(trainer)
         refuse_unsupported(self)  # now the optimizers are known
         self.begin()
@@ -148,7 +152,7 @@ class UnwrappedStrategy(DDPStrategy, ABC):
         listen_for_sigterm_every(self.sigterm_every_n_batches, self._trainer)
         places = ", ".join(type(logger).__name__ for logger in self._trainer.loggers) or "no logger"
         ranks = f"{self.num_ranks} ranks" if self.exchange else "1 rank, nothing to exchange"
-        num_bytes = sum(replica.flat.num_bytes for replica in self.replicas)
+        num_bytes = sum(replica.num_bytes for replica in self.replicas)
         rank_zero_info(
             f"{type(self).__name__}: {ranks}, {num_bytes / 1e6:.3g} MB of parameters {self.describe()}; "
             f"{self.logs} goes to {places}."
@@ -256,7 +260,7 @@ class UnwrappedStrategy(DDPStrategy, ABC):
             return f"{steps} steps, nothing to exchange."
         traffic = self.exchange.traffic
         gradients = sum(
-            replica.num_steps * all_reduce_traffic(replica.flat.num_bytes, self.num_ranks)[0]
+            replica.num_steps * all_reduce_traffic(replica.num_bytes, self.num_ranks)[0]
             for replica in self.replicas
         )
         return (

@@ -1,0 +1,129 @@
+"""Messages from every rank to every other at the same time, each rank getting something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_sgd.functional.traffic import all_reduce_traffic, send_traffic
+from lightning_sgd.strategies._exchange import Exchange, Purpose, place
+from lightning_sgd.strategies._faults import ExchangeError, different_places
+from lightning_sgd.strategies._in_flight import InFlight, start_letters
+
+DIRECT_BYTES = 2**14
+"""Up to so many bytes, everybody sends to everybody instead of reducing in a ring, which takes more turns."""
+
+
+class DirectExchange(Exchange):
+    """Adds what strategies need that cut a vector into as many parts as there are ranks.
+
+    All ranks send to each other at once: no message waits for another one, while the collectives of gloo take a turn
+    for every rank.
+    """
+
+    def trade(
+        self,
+        send: Mapping[int, Tensor],
+        receive: Mapping[int, Tensor],
+        words: Sequence[int],
+        purpose: Purpose,
+        step: int,
+    ) -> list[list[int]]:
+        """Send other things to each rank, and find out whether all ranks are in the same trade.
+
+        The words travel in messages of one size, so that a rank that is elsewhere is found out before anything of
+        another size arrives.
+
+        Args:
+            send: By rank, what it gets; contiguous. This rank's own is copied.
+            receive: By rank, where to put what it sends; contiguous.
+            words: A few integers that every rank tells all others.
+            purpose: What this is for.
+            step: Optimizer steps so far; the same on all ranks.
+
+        Returns:
+            The words of every rank.
+        """
+        letter = torch.tensor([purpose, step, *words])
+        letters = letter.repeat(self.num_ranks, 1)
+        with self._timed(purpose, step):
+            talk = self._start(
+                self._to_others(letter), dict(enumerate(letters)), self.objects, step
+            )
+            goods = self._start(send, receive, self.group, step)
+            self._finish(talk)
+            self._check_places(letters, purpose, step)
+            self._finish(goods)
+        if self.rank in receive:
+            receive[self.rank].copy_(send[self.rank])
+        rows: list[list[int]] = letters[:, 2:].tolist()
+        return rows
+
+    def gather_alike(self, tensor: Tensor, purpose: Purpose, step: int) -> Tensor:
+        """Every rank's tensor on every rank, in one more dimension at the front.
+
+        Args:
+            tensor: Of one shape and type on all ranks; contiguous.
+            purpose: What this is for.
+            step: Optimizer steps so far; the same on all ranks.
+        """
+        everybody = tensor.new_empty((self.num_ranks, *tensor.shape))
+        send, receive = dict.fromkeys(range(self.num_ranks), tensor), dict(enumerate(everybody))
+        with self._timed(purpose, step):
+            self._finish(self._start(send, receive, self.group, step))
+        everybody[self.rank] = tensor
+        return everybody
+
+    def total(self, values: Tensor, purpose: Purpose, step: int) -> Tensor:
+        """The sum over the ranks of a small tensor on the CPU; all ranks get the same bits.
+
+        Args:
+            values: Of one shape and type on all ranks.
+            purpose: What this is for.
+            step: Optimizer steps so far; the same on all ranks.
+        """
+        if (self.num_ranks - 1) * values.nbytes <= DIRECT_BYTES:
+            everybody = values.new_empty((self.num_ranks, *values.shape))
+            everybody[self.rank] = values
+            with self._timed(purpose, step):
+                receive = dict(enumerate(everybody))
+                self._finish(self._start(self._to_others(values), receive, self.objects, step))
+            return everybody.sum(dim=0)
+        with self._timed(purpose, step):
+            dist.all_reduce(values, group=self.objects)
+            self._count(*all_reduce_traffic(values.nbytes, self.num_ranks))
+        return values
+
+    def _to_others(self, tensor: Tensor) -> dict[int, Tensor]:
+        return {peer: tensor for peer in range(self.num_ranks) if peer != self.rank}
+
+    def _start(
+        self,
+        send: Mapping[int, Tensor],
+        receive: Mapping[int, Tensor],
+        group: dist.ProcessGroup,
+        step: int,
+    ) -> InFlight:
+        others = [(self.rank + shift) % self.num_ranks for shift in range(1, self.num_ranks)]
+        outgoing = {peer: [send[peer]] for peer in others if peer in send}
+        incoming = {peer: [receive[peer]] for peer in others if peer in receive}
+        flight = InFlight(step=step)
+        self._in_flight.append(flight)
+        for (tensor,) in outgoing.values():
+            self._count(*send_traffic(tensor.nbytes, 1))
+        flight.works = start_letters(outgoing, incoming, group)
+        return flight
+
+    def _finish(self, flight: InFlight) -> None:
+        flight.wait()
+        self._in_flight.remove(flight)
+
+    def _check_places(self, letters: Tensor, purpose: Purpose, step: int) -> None:
+        if bool((letters[:, :2] == letters[self.rank, :2]).all()):
+            return
+        places = {rank: place(Purpose(p), s) for rank, (p, s) in enumerate(letters[:, :2].tolist())}
+        self.hang_up()
+        raise ExchangeError(different_places(places))
