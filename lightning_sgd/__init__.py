@@ -54,7 +54,12 @@ from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
 from lightning_sgd.metrics import RankMe, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
-from lightning_sgd.strategies import GossipPGAStrategy, LocalSGDStrategy, OverlapLocalSGDStrategy
+from lightning_sgd.strategies import (
+    ByzantineStrategy,
+    GossipPGAStrategy,
+    LocalSGDStrategy,
+    OverlapLocalSGDStrategy,
+)
 
 __version__ = version("lightning-sgd")
 
@@ -62,6 +67,7 @@ __all__ = [
     "TRSGD",
     "BiasedSGDLR",
     "BiasedSGDProblem",
+    "ByzantineStrategy",
     "CommunicationMonitor",
     "Complete",
     "ConditionNumbers",

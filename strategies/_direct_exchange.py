@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,10 @@ from lightning_sgd.strategies._in_flight import InFlight, start_letters
 
 DIRECT_BYTES = 2**14
 """Up to so many bytes, everybody sends to everybody instead of reducing in a ring, which takes more turns."""
+
+
+LETTER = 5
+"""Length of a letter: purpose, step, layout and two words."""
 
 
 class DirectExchange(Exchange):
@@ -31,35 +36,37 @@ class DirectExchange(Exchange):
         words: Sequence[int],
         purpose: Purpose,
         step: int,
+        *,
+        layout: int = 0,
     ) -> list[list[int]]:
         """Send other things to each rank, and find out whether all ranks are in the same trade.
 
-        The words travel in messages of one size, so that a rank that is elsewhere is found out before anything of
+        The words travel in letters of one size, so that a rank that is elsewhere is found out before anything of
         another size arrives.
 
         Args:
             send: By rank, what it gets; contiguous. This rank's own is copied.
             receive: By rank, where to put what it sends; contiguous.
-            words: A few integers that every rank tells all others.
+            words: At most two integers that every rank tells all others.
             purpose: What this is for.
             step: Optimizer steps so far; the same on all ranks.
+            layout: A number that stands for the shapes of what is sent; the same on all ranks.
 
         Returns:
             The words of every rank.
         """
-        letter = torch.tensor([purpose, step, *words])
+        letter = torch.tensor([purpose, step, layout, *words, 0, 0])[:LETTER]
         letters = letter.repeat(self.num_ranks, 1)
         with self._timed(purpose, step):
-            talk = self._start(
-                self._to_others(letter), dict(enumerate(letters)), self.objects, step
-            )
+            others = dict(enumerate(letters))
+            talk = self._start(self._to_others(letter), others, self.objects, step)
             goods = self._start(send, receive, self.group, step)
             self._finish(talk)
-            self._check_places(letters, purpose, step)
+            self._check(letters)
             self._finish(goods)
         if self.rank in receive:
             receive[self.rank].copy_(send[self.rank])
-        rows: list[list[int]] = letters[:, 2:].tolist()
+        rows: list[list[int]] = letters[:, LETTER - 2 :].tolist()
         return rows
 
     def gather_alike(self, tensor: Tensor, purpose: Purpose, step: int) -> Tensor:
@@ -97,6 +104,17 @@ class DirectExchange(Exchange):
             self._count(*all_reduce_traffic(values.nbytes, self.num_ranks))
         return values
 
+    def broadcast_object(self, thing: Any, source: int) -> Any:
+        """Bring plain containers of CPU tensors from one rank to all.
+
+        Args:
+            thing: That rank's.
+            source: Which rank.
+        """
+        things = [thing]
+        dist.broadcast_object_list(things, src=source, group=self.objects)
+        return things[0]
+
     def _to_others(self, tensor: Tensor) -> dict[int, Tensor]:
         return {peer: tensor for peer in range(self.num_ranks) if peer != self.rank}
 
@@ -121,9 +139,16 @@ class DirectExchange(Exchange):
         flight.wait()
         self._in_flight.remove(flight)
 
-    def _check_places(self, letters: Tensor, purpose: Purpose, step: int) -> None:
-        if bool((letters[:, :2] == letters[self.rank, :2]).all()):
+    def _check(self, letters: Tensor) -> None:
+        if bool((letters[:, :3] == letters[self.rank, :3]).all()):
             return
-        places = {rank: place(Purpose(p), s) for rank, (p, s) in enumerate(letters[:, :2].tolist())}
+        places = {rank: place(Purpose(p), at) for rank, (p, at, *_) in enumerate(letters.tolist())}
         self.hang_up()
-        raise ExchangeError(different_places(places))
+        if len(set(places.values())) > 1:
+            raise ExchangeError(different_places(places))
+        others = [r for r, row in enumerate(letters) if row[2] != letters[self.rank, 2]]
+        raise ExchangeError(
+            f"Rank {self.rank} has other parameters, in number, shape or order, or another number of micro-batches "
+            f"than ranks {others}, in {places[self.rank]}. Build the same model on all ranks, unfreeze layers on all "
+            "alike, and give all the same number of batches."
+        )

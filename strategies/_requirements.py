@@ -76,6 +76,16 @@ def fingerprint(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
         if isinstance(tensor, torch.Tensor):
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            digest.update(content(tensor))
     return digest.hexdigest()
+
+
+def content(tensor: torch.Tensor) -> bytes:
+    """All bits of a tensor.
+
+    Args:
+        tensor: On any device.
+    """
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    array: bytes = flat.view(torch.uint8).numpy().tobytes()
+    return array
