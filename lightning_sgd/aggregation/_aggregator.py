@@ -270,7 +270,7 @@ class GramRule(Aggregator):
     def _matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
         return self.weights(gram, num_byzantine)[None]
 
-    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # is done by now
+    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
         """The one row that is left."""
         return block[0]
 
@@ -280,5 +280,5 @@ class CoordinateRule(Aggregator):
 
     needs_gram = False
 
-    def _matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # nothing to mix
+    def _matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
         return torch.eye(len(gram), dtype=gram.dtype)

@@ -57,7 +57,7 @@ class CenteredClipping(GramRule):
         )
         self.radius, self.num_iterations = radius, num_iterations
 
-    def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # holds for any
+    def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Of the rows, and last of the previous result."""
         n = len(gram) - 1
         a = torch.eye(n + 1, dtype=gram.dtype)[n]

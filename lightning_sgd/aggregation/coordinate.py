@@ -30,7 +30,7 @@ class CoordinateMedian(CoordinateRule):
         tensor([2., 4.])
     """
 
-    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # holds for any
+    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
         """The median of each column."""
         return column_median(block)
 

@@ -72,7 +72,7 @@ class GeometricMedian(GramRule):
         self.centred = start == "mean"
         super().__init__(num_byzantine, worker_weights)
 
-    def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # holds for any
+    def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Of the last step."""
         masses = self._shares(len(gram))
         smoothing = self.smoothing

@@ -141,7 +141,7 @@ class Bucketing(PreAggregator):
         """⌈n/s⌉."""
         return -(-num_rows // self.bucket_size)
 
-    def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # blind to the rows
+    def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Each row holds the reciprocal of the size of its bucket where its members stand."""
         n = len(gram)
         order = torch.randperm(n, generator=self.draws.next_generator())
@@ -188,7 +188,7 @@ class Clip(PreAggregator):
         expect(fits, "radius", "a positive number", radius, "ARC finds one by itself.")
         self.radius = radius
 
-    def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # the same for any
+    def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Diagonal."""
         return _shortened(gram, self.radius)
 
