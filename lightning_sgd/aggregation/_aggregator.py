@@ -26,6 +26,7 @@ from lightning_sgd.functional.stacked_rows import (
     check_rows,
     column_blocks,
     combine,
+    median_row,
     row_gram,
     squared_row_norms,
     usable_rows,
@@ -57,15 +58,16 @@ class Aggregator(ABC):
 
     Attributes:
         needs_gram: Whether the rule looks at the Gram matrix; if not, :meth:`mixing` is not called.
-        reference: Number of the row that is subtracted before the Gram matrix is made; ``None`` for rules that look at
-            norms, for which nothing is.
+        centred: Whether a row may be subtracted from all before the Gram matrix is made, as distances allow; not for
+            rules that look at norms.
+        reference: Number of that row among those that were kept; ``None`` if nothing is to be subtracted.
         uses_previous_output: Whether the caller appends its previous result, at first zeros, as one more row, which
             the Gram matrix contains.
         report: What the rule found in its last call.
     """
 
     needs_gram: bool = True
-    reference: int | None = 0
+    centred: bool = True
     uses_previous_output: bool = False
 
     def __init__(self, num_byzantine: int, worker_weights: Sequence[float] | None = None) -> None:
@@ -85,6 +87,7 @@ class Aggregator(ABC):
         )
         self.worker_weights = None if worker_weights is None else tuple(worker_weights)
         self.report = AggregationReport()
+        self.reference: int | None = 0 if self.centred else None
         self._kept: Sequence[int] | None = None
         self._num_rows = 0
         self._previous: Tensor | None = None
@@ -168,6 +171,7 @@ class Aggregator(ABC):
             remedy,
         )
         self._begin(kept, n)
+        self.reference = median_row(squared_norms[kept]) if self.centred else None
         self.report = AggregationReport(dropped=dropped)
         return kept, self.num_byzantine - len(dropped)
 
@@ -266,7 +270,7 @@ class GramRule(Aggregator):
     def _matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
         return self.weights(gram, num_byzantine)[None]
 
-    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # is done by now
+    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
         """The one row that is left."""
         return block[0]
 
@@ -276,5 +280,5 @@ class CoordinateRule(Aggregator):
 
     needs_gram = False
 
-    def _matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # nothing to mix
+    def _matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
         return torch.eye(len(gram), dtype=gram.dtype)

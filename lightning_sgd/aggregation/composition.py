@@ -8,10 +8,16 @@ from typing import Any, TypeVar
 
 from lightning_sgd._validation import expect
 from lightning_sgd.aggregation._aggregator import Aggregator
-from lightning_sgd.aggregation.coordinate import CoordinateMedian, TrimmedMean
+from lightning_sgd.aggregation.clipping import CenteredClipping
+from lightning_sgd.aggregation.coordinate import CoordinateMedian, MeaMed, Phocas, TrimmedMean
+from lightning_sgd.aggregation.geometric import GeometricMedian
+from lightning_sgd.aggregation.krum import Bulyan, Krum, MultiKrum
 from lightning_sgd.aggregation.mean import Mean
-from lightning_sgd.aggregation.pre_aggregation import NNM, PreAggregated, PreAggregator
-from lightning_sgd.aggregation.spectral import SpectralFilter
+from lightning_sgd.aggregation.nearest import CGE, FABA, MoNNA
+from lightning_sgd.aggregation.pre_aggregated import PreAggregated
+from lightning_sgd.aggregation.pre_aggregation import ARC, NNM, Bucketing, Clip, PreAggregator
+from lightning_sgd.aggregation.spectral import DnC, SpectralFilter
+from lightning_sgd.aggregation.subsets import MDA, SMEA
 
 Made = TypeVar("Made")
 
@@ -19,12 +25,31 @@ RULES: dict[str, tuple[Callable[..., Aggregator], dict[str, object]]] = {
     "mean": (Mean, {}),
     "median": (CoordinateMedian, {}),
     "trmean": (TrimmedMean, {}),
+    "meamed": (MeaMed, {}),
+    "phocas": (Phocas, {}),
+    "krum": (Krum, {}),
+    "multikrum": (MultiKrum, {}),
+    "bulyan": (Bulyan, {}),
+    "mda": (MDA, {}),
+    "smea": (SMEA, {}),
+    "geomed": (GeometricMedian, {}),
+    "rfa": (GeometricMedian, {"smoothing": 0.1, "num_iterations": 3, "start": "zero"}),
+    "cclip": (CenteredClipping, {}),
+    "faba": (FABA, {}),
+    "monna": (MoNNA, {}),
+    "cge": (CGE, {}),
     "filter": (SpectralFilter, {}),
     "caf": (SpectralFilter, {"stop": "agnostic"}),
+    "dnc": (DnC, {}),
 }
 """Rule and settings behind each name."""
 
-STEPS: dict[str, Callable[..., PreAggregator]] = {"nnm": NNM}
+STEPS: dict[str, Callable[..., PreAggregator]] = {
+    "nnm": NNM,
+    "bucketing": Bucketing,
+    "clip": Clip,
+    "arc": ARC,
+}
 """Pre-aggregation behind each name."""
 
 
@@ -32,8 +57,8 @@ def get_aggregator(spec: str | Aggregator, num_byzantine: int) -> Aggregator:
     """The rule of a name, after the steps named before it.
 
     Args:
-        spec: Such as ``"krum"``, ``"nnm+trmean"`` or, with settings, ``"bucketing(s=3)+geomed(smoothing=0.1)"``. A
-            rule is passed through.
+        spec: Such as ``"krum"``, ``"nnm+trmean"`` or, with settings,
+            ``"bucketing(bucket_size=3)+krum(num_neighbours=5)"``. A rule is passed through.
         num_byzantine: How many of the workers may be faulty [f].
 
     Raises:
@@ -63,7 +88,7 @@ def _calls(spec: str) -> list[tuple[str, dict[str, Any]]]:
     try:
         return [_call(part) for part in _summands(ast.parse(spec, mode="eval").body)]
     except (SyntaxError, ValueError):
-        remedy = "Write, for example, nnm+trmean or bucketing(s=3)+krum."
+        remedy = "Write, for example, nnm+trmean or bucketing(bucket_size=3)+krum."
         raise ValueError(
             f"Expected `aggregator` to be names joined by +, got {spec!r}. {remedy}"
         ) from None

@@ -5,7 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_sgd.aggregation._aggregator import CoordinateRule
-from lightning_sgd.functional.order_statistics import column_median, trimmed_mean
+from lightning_sgd.functional.order_statistics import (
+    column_median,
+    mean_near_median,
+    mean_near_trimmed_mean,
+    trimmed_mean,
+)
 
 
 class CoordinateMedian(CoordinateRule):
@@ -25,7 +30,7 @@ class CoordinateMedian(CoordinateRule):
         tensor([2., 4.])
     """
 
-    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:  # noqa: ARG002  # holds for any
+    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
         """The median of each column."""
         return column_median(block)
 
@@ -49,3 +54,48 @@ class TrimmedMean(CoordinateRule):
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
         """The trimmed mean of each column."""
         return trimmed_mean(block, num_byzantine)
+
+
+class MeaMed(CoordinateRule):
+    """The mean, in every coordinate, of the n − f values nearest to the median.
+
+    Cost: a sorting network, as the median.
+
+    Args:
+        num_byzantine: How many of the workers may be faulty [f]; so many values are left out.
+
+    Example:
+        >>> import torch
+        >>> MeaMed(1)(torch.tensor([[1.0], [2.0], [3.0], [90.0]]))
+        tensor([2.])
+
+    Reference:
+        Cong Xie, Oluwasanmi Koyejo, Indranil Gupta. Generalized Byzantine-tolerant SGD. arXiv 1802.10116, 2018.
+    """
+
+    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
+        """The mean near the median of each column."""
+        return mean_near_median(block, num_byzantine)
+
+
+class Phocas(CoordinateRule):
+    """The mean, in every coordinate, of the n − f values nearest to the trimmed mean.
+
+    Cost: a sorting network, as the median.
+
+    Args:
+        num_byzantine: How many of the workers may be faulty [f]; so many values are left out.
+
+    Example:
+        >>> import torch
+        >>> Phocas(1)(torch.tensor([[1.0], [2.0], [3.0], [90.0]]))
+        tensor([2.])
+
+    Reference:
+        Cong Xie, Oluwasanmi Koyejo, Indranil Gupta. Phocas: dimensional Byzantine-resilient stochastic gradient
+        descent. arXiv 1805.09682, 2018.
+    """
+
+    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
+        """The mean near the trimmed mean of each column."""
+        return mean_near_trimmed_mean(block, num_byzantine)

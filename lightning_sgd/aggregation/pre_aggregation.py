@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
-from lightning_sgd.aggregation._aggregator import Aggregator
+from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd.aggregation._draws import Draws
 from lightning_sgd.functional.stacked_rows import (
     Rows,
     check_rows,
     column_blocks,
     combine,
+    median_row,
     row_gram,
     squared_distances,
+    squared_row_norms,
 )
 
 
@@ -59,7 +61,8 @@ class PreAggregator(ABC):
             num_byzantine: How many rows may be faulty [f].
         """
         rows = check_rows(rows)
-        matrix = self.matrix(row_gram(rows, 0 if self.centred else None), num_byzantine)
+        reference = median_row(squared_row_norms(rows)) if self.centred else None
+        matrix = self.matrix(row_gram(rows, reference), num_byzantine)
         result = rows[0].new_empty(len(matrix), rows[0].numel())
         for columns, block in column_blocks(rows):
             result[:, columns] = combine(matrix, block)
@@ -107,71 +110,50 @@ class NNM(PreAggregator):
         return torch.zeros_like(gram).scatter_(1, nearest, 1 / num_nearest)
 
 
-class PreAggregated(Aggregator):
-    """A rule after one or more maps of the rows, by matrix products alone.
+class Bucketing(PreAggregator):
+    """Means of ``bucket_size`` rows each, in a random order that is drawn anew for every call.
 
-    The Gram matrix that each step sees is :math:`M G M^T` of the one before; the rows are mixed once, by the product of
-    all matrices.
+    The rule after it gets ⌈n/s⌉ rows, of which as many may be faulty as before; so it needs ⌈n/s⌉ > 2f.
+
+    Cost: nothing before a rule on the Gram matrix.
 
     Args:
-        steps: What is done to the rows first, in this order.
-        rule: The rule that combines what comes out.
+        bucket_size: Rows per bucket [s]; the last one may hold fewer.
+        seed: Of the order; the same on all ranks.
 
     Example:
-        >>> from lightning_sgd.aggregation.coordinate import CoordinateMedian
-        >>> rows = torch.tensor([[0.0], [1.0], [0.5], [0.5], [99.0]])
-        >>> PreAggregated([NNM()], CoordinateMedian(1))(rows)
-        tensor([0.5000])
+        >>> Bucketing(bucket_size=2)(torch.tensor([[1.0], [2.0], [3.0], [4.0]])).mean()
+        tensor(2.5000)
+
+    Reference:
+        Sai Praneeth Karimireddy, Lie He, Martin Jaggi. Byzantine-Robust Learning on Heterogeneous Datasets via
+        Bucketing. ICLR 2022.
     """
 
-    def __init__(self, steps: Sequence[PreAggregator], rule: Aggregator) -> None:
-        super().__init__(rule.num_byzantine)
-        self.steps, self.rule = list(steps), rule
-        expect(bool(steps), "steps", "not empty", steps, "Use the rule by itself.")
-        remedy = "It mixes workers; use NNM, or a rule that takes all workers alike."
-        named = all(step.keeps_workers for step in self.steps) or not rule.names_workers
-        expect(named, "steps", "such that rows still belong to workers", self.steps, remedy)
-        remedy = "Its previous output is a row of its own; put no step before it."
-        expect(not rule.uses_previous_output, "rule", "one without a previous output", rule, remedy)
-        self.needs_gram = True
-        centred = all(step.centred for step in self.steps) and rule.reference is not None
-        self.reference = 0 if centred else None
+    keeps_workers = False
 
-    def __repr__(self) -> str:
-        return " + ".join(map(repr, [*self.steps, self.rule]))
+    def __init__(self, bucket_size: int = 2, seed: int = 0) -> None:
+        remedy = "Two is the usual choice."
+        expect(bucket_size >= 1, "bucket_size", "at least 1", bucket_size, remedy)
+        self.bucket_size, self.draws = bucket_size, Draws(seed)
 
-    def check(self, num_rows: int) -> None:
-        """Refuse numbers of rows for which the rule, after the steps, promises nothing."""
-        super().check(num_rows)
-        for step in self.steps:
-            num_rows = step.num_rows(num_rows)
-        self.rule.check(num_rows)
+    def num_rows(self, num_rows: int) -> int:
+        """⌈n/s⌉."""
+        return -(-num_rows // self.bucket_size)
 
-    def _begin(self, kept: Sequence[int] | None, num_rows: int) -> None:
-        super()._begin(kept, num_rows)
-        by_worker = all(step.keeps_workers for step in self.steps)
-        self.rule._begin(kept if by_worker else None, num_rows)
-
-    def _matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        product = torch.eye(len(gram), dtype=gram.dtype)
-        for step in self.steps:
-            matrix = step.matrix(gram, num_byzantine)
-            gram, product = matrix @ gram @ matrix.mT, matrix @ product
-        return self.rule._matrix(gram, num_byzantine) @ product
-
-    def _top_eigenvalue(self) -> float | None:
-        return self.rule._top_eigenvalue()
-
-    def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
-        """What the rule does."""
-        return self.rule.reduce(block, num_byzantine)
+    def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
+        """Each row holds the reciprocal of the size of its bucket where its members stand."""
+        n = len(gram)
+        order = torch.randperm(n, generator=self.draws.next_generator())
+        buckets = torch.split(order, self.bucket_size)
+        matrix = torch.zeros(len(buckets), n, dtype=gram.dtype)
+        for row, members in zip(matrix, buckets, strict=True):
+            row[members] = 1 / len(members)
+        return matrix
 
     def state_dict(self) -> dict[str, object]:
-        """The states of the steps and of the rule."""
-        return {
-            "steps": [step.state_dict() for step in self.steps],
-            "rule": self.rule.state_dict(),
-        }
+        """The number of calls so far."""
+        return {"draws": self.draws.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from a state.
@@ -179,7 +161,65 @@ class PreAggregated(Aggregator):
         Args:
             state: What :meth:`state_dict` returned.
         """
-        states = cast("Sequence[Mapping[str, object]]", state["steps"])
-        for step, its_state in zip(self.steps, states, strict=True):
-            step.load_state_dict(its_state)
-        self.rule.load_state_dict(cast("Mapping[str, object]", state["rule"]))
+        self.draws.load_state_dict(cast("Mapping[str, int]", state["draws"]))
+
+    def __repr__(self) -> str:
+        return f"Bucketing(bucket_size={self.bucket_size})"
+
+
+class Clip(PreAggregator):
+    r"""Rows no longer than ``radius``: :math:`x_i \min(1, c / \lVert x_i \rVert)`.
+
+    Cost: one Gram matrix.
+
+    Args:
+        radius: Largest norm [c], of gradients that no loss scale multiplies.
+
+    Example:
+        >>> Clip(radius=5.0)(torch.tensor([[3.0, 4.0], [6.0, 8.0]]))
+        tensor([[3., 4.],
+                [3., 4.]])
+    """
+
+    centred = False
+
+    def __init__(self, radius: float) -> None:
+        fits = is_finite_at_least(radius, 0.0) and radius > 0
+        expect(fits, "radius", "a positive number", radius, "ARC finds one by itself.")
+        self.radius = radius
+
+    def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
+        """Diagonal."""
+        return _shortened(gram, self.radius)
+
+    def __repr__(self) -> str:
+        return f"Clip(radius={self.radius})"
+
+
+class ARC(PreAggregator):
+    """Adaptive robust clipping: the ⌊2f(n − f)/n⌋ longest rows are made as long as the next one.
+
+    Cost: one Gram matrix.
+
+    Example:
+        >>> ARC()(torch.tensor([[1.0], [2.0], [4.0], [64.0]]), num_byzantine=1).flatten()
+        tensor([1., 2., 4., 4.])
+
+    Reference:
+        Youssef Allouah, Rachid Guerraoui, Nirupam Gupta, Ahmed Jellouli, Geovani Rizk, John Stephan. Adaptive Gradient
+        Clipping for Robust Federated Learning. ICLR 2025.
+    """
+
+    centred = False
+
+    def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
+        """Diagonal."""
+        n = len(gram)
+        num_clipped = 2 * num_byzantine * (n - num_byzantine) // n
+        norms = gram.diagonal().sqrt().sort().values
+        return _shortened(gram, float(norms[n - num_clipped - 1]))
+
+
+def _shortened(gram: Tensor, radius: float) -> Tensor:
+    norms = gram.diagonal().sqrt()
+    return torch.where(norms > radius, radius / norms, 1.0).diag()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
+import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect, is_finite_at_least, warn_no_effect
 from lightning_sgd.aggregation._aggregator import GramRule
 from lightning_sgd.aggregation._draws import Draws
-from lightning_sgd.functional.byzantine import noise_floor, spectral_filter
+from lightning_sgd.functional.byzantine import largest_spread, noise_floor, spectral_filter
 
 Stop = Literal["noise_floor", "agnostic", "threshold"]
 
@@ -117,3 +118,49 @@ def _check_sigma0(stop: str, sigma0: float | None) -> None:
         expect(fits, "sigma0", "a number that is not negative", sigma0, remedy)
     elif sigma0 is not None:
         warn_no_effect(f"sigma0 has no effect with stop={stop!r}.")
+
+
+class DnC(GramRule):
+    """Divide and conquer: the mean without the rows that reach farthest in the direction of largest spread.
+
+    Once, and by whole rows: ``filter_fraction`` · f of them. The spectral filter looks again after each removal, and
+    stops when nothing is left to remove.
+
+    Cost: one Gram matrix and one eigenproblem of size n.
+
+    Args:
+        num_byzantine: How many of the workers may be faulty [f].
+        filter_fraction: How many rows to remove for each faulty one [c].
+
+    Example:
+        >>> DnC(1)(torch.tensor([[1.0], [2.0], [3.0], [90.0]]))
+        tensor([2.])
+
+    Reference:
+        Virat Shejwalkar, Amir Houmansadr. Manipulating the Byzantine: Optimizing Model Poisoning Attacks and Defenses
+        for Federated Learning. NDSS 2021.
+    """
+
+    def __init__(self, num_byzantine: int, filter_fraction: float = 1.0) -> None:
+        super().__init__(num_byzantine)
+        fits = is_finite_at_least(filter_fraction, 0.0)
+        expect(
+            fits, "filter_fraction", "a number that is not negative", filter_fraction, "1 is usual."
+        )
+        self.filter_fraction = filter_fraction
+
+    def check(self, num_rows: int) -> None:
+        """Refuse to remove all rows."""
+        super().check(num_rows)
+        fits = self.filter_fraction * self.num_byzantine < num_rows
+        remedy = "It would remove every row."
+        expect(fits, "filter_fraction", f"less than {num_rows}/f", self.filter_fraction, remedy)
+
+    def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
+        """Alike for the rows that are left."""
+        n = len(gram)
+        weights = torch.full((n,), 1 / n, dtype=gram.dtype)
+        reach = largest_spread(gram, weights).projections
+        num_removed = int(self.filter_fraction * num_byzantine)
+        weights[reach.argsort(stable=True)[n - num_removed :]] = 0.0
+        return weights / weights.sum()

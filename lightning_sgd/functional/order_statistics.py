@@ -1,8 +1,18 @@
-"""Order statistics of the columns of a few rows."""
+r"""Order statistics of the columns of a few rows, and means of what is near them.
+
+The k values of a sorted column that are nearest to a centre c are neighbours: a window
+:math:`x_{(s)}, \dots, x_{(s+k-1)}`. Of each pair :math:`x_{(j)}, x_{(j+k)}`, j < n − k, it holds exactly one, the
+nearer, so that one choice per pair gives the sum; nothing has to be sorted by distance.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+
+from lightning_sgd.functional.sorting_network import partially_sort
 
 
 def column_median(block: Tensor) -> Tensor:
@@ -12,13 +22,11 @@ def column_median(block: Tensor) -> Tensor:
         block: Finite numbers of shape (n, s).
 
     Example:
-        >>> import torch
         >>> column_median(torch.tensor([[1.0], [2.0], [5.0], [90.0]]))
         tensor([3.5000])
     """
-    ordered = block.sort(dim=0).values
-    n = len(block)
-    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    num_outside = (len(block) - 1) // 2
+    return trimmed_mean(block, num_outside)
 
 
 def trimmed_mean(block: Tensor, num_trimmed: int) -> Tensor:
@@ -29,9 +37,74 @@ def trimmed_mean(block: Tensor, num_trimmed: int) -> Tensor:
         num_trimmed: How many values are cut at either end [f], fewer than n/2.
 
     Example:
-        >>> import torch
         >>> trimmed_mean(torch.tensor([[1.0], [2.0], [4.0], [90.0]]), 1)
         tensor([3.])
     """
-    ordered = block.sort(dim=0).values
-    return ordered[num_trimmed : len(block) - num_trimmed].mean(dim=0)
+    n = len(block)
+    if num_trimmed == 0:
+        return block.mean(dim=0)
+    groups = [None] * num_trimmed + ["middle"] * (n - 2 * num_trimmed) + [None] * num_trimmed
+    rows = partially_sort(block, groups)
+    return _mean(rows[num_trimmed : n - num_trimmed])
+
+
+def mean_near_median(block: Tensor, num_far: int) -> Tensor:
+    """Mean of each column without the values that are farthest from its median.
+
+    Args:
+        block: Finite numbers of shape (n, s).
+        num_far: How many values are left out, fewer than n/2.
+
+    Example:
+        >>> mean_near_median(torch.tensor([[1.0], [2.0], [4.0], [90.0]]), 1)
+        tensor([2.3333])
+    """
+    n = len(block)
+    if num_far == 0:
+        return block.mean(dim=0)
+    middle = (n - 1) // 2
+    # The median is held by places that may lie inside the window's sure part: they need an order of their own.
+    rows = partially_sort(block, _groups(n, num_far, (middle, n - 1 - middle)))
+    return _mean_near(rows, _mean([rows[middle], rows[n - 1 - middle]]), num_far)
+
+
+def mean_near_trimmed_mean(block: Tensor, num_far: int) -> Tensor:
+    """Mean of each column without the values that are farthest from its trimmed mean.
+
+    Args:
+        block: Finite numbers of shape (n, s).
+        num_far: How many values are cut at either end for the trimmed mean, and how many are left out [f].
+
+    Example:
+        >>> mean_near_trimmed_mean(torch.tensor([[1.0], [2.0], [4.0], [90.0]]), 1)
+        tensor([2.3333])
+    """
+    n = len(block)
+    if num_far == 0:
+        return block.mean(dim=0)
+    rows = partially_sort(block, _groups(n, num_far, ()))
+    return _mean_near(rows, _mean(rows[num_far : n - num_far]), num_far)
+
+
+def _groups(n: int, num_far: int, single: Sequence[int]) -> list[object]:
+    """Of what is surely in the window the order does not matter, unless it is asked for."""
+    is_sure = [num_far <= place < n - num_far and place not in single for place in range(n)]
+    return ["sure" if sure else place for place, sure in enumerate(is_sure)]
+
+
+def _mean_near(rows: list[Tensor], centre: Tensor, num_far: int) -> Tensor:
+    """Mean of the n − ``num_far`` values nearest to the centre, of columns that are sorted but for the sure part."""
+    num_near = len(rows) - num_far
+    total = torch.zeros_like(centre)
+    for row in rows[num_far:num_near]:
+        total += row
+    for low, high in zip(rows[:num_far], rows[num_near:], strict=True):
+        total += torch.where(high - centre < centre - low, high, low)
+    return total.div_(num_near)
+
+
+def _mean(rows: list[Tensor]) -> Tensor:
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total.div_(len(rows))
