@@ -1,8 +1,8 @@
 """Lightning strategies, one per file; hooks only, the arithmetic is in ``functional``.
 
 Importing this package registers the names ``local_sgd``, ``one_shot_averaging``, ``gossip_pga``, ``gossip_aga``,
-``gossip``, ``overlap_local_sgd`` and ``byzantine``, each also with ``_fork`` and ``_spawn``, and the names of the classes in lower
-case, which is what the Trainer makes of ``--trainer.strategy=LocalSGDStrategy``.
+``gossip``, ``overlap_local_sgd`` and ``byzantine``, each also with ``_fork`` and ``_spawn``, and the names of the
+classes in lower case, which is what the Trainer makes of ``--trainer.strategy=LocalSGDStrategy``.
 """
 
 from lightning_sgd.strategies._registry import register

@@ -17,6 +17,7 @@ from lightning_sgd.functional.stacked_rows import (
     Rows,
     column_blocks,
     combine,
+    median_row,
     row_gram,
     squared_row_norms,
 )
@@ -143,11 +144,10 @@ class ShardedRule:
         return sums[: len(norms)], sums[len(norms) :].view(gram.shape)
 
     def _reference(self, norms: Tensor) -> int | None:
-        if self.rule.reference is None:
+        if not self.rule.centred:
             return None
         finite = norms.isfinite().nonzero().flatten()
-        order = finite[norms[finite].argsort()]
-        return int(order[len(order) // 2]) if len(order) else 0
+        return int(finite[median_row(norms[finite])]) if len(finite) else 0
 
     def _is_enough(self, num_rows: int) -> bool:
         try:

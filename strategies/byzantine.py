@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sgd._validation import expect, warn_outside_intended_use
-from lightning_sgd.aggregation import Aggregator, get_aggregator
+from lightning_sgd.aggregation import Aggregator, Attack, get_aggregator
+from lightning_sgd.strategies._drill import Drill
 from lightning_sgd.strategies._exchange import Purpose
 from lightning_sgd.strategies._gradient_aggregation import GradientAggregationStrategy, Workers
 from lightning_sgd.strategies._gradient_replica import GradientReplica
@@ -54,6 +56,8 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
             ``both``: each micro-batch of each rank.
         nonfinite: What happens when more than ``num_byzantine`` gradients are not finite: ``drop`` them all and warn,
             or ``raise``. With a GradScaler the step is skipped.
+        attack: For a drill: what the workers in ``byzantine_ranks`` send instead of their gradients.
+        byzantine_ranks: For a drill: which ranks attack; on one device, which micro-batches.
         buffers: How floating-point buffers such as the statistics of batch normalisation are combined for evaluation
             and checkpoints: ``median``, ``mean``, those of ``rank0``, or each rank its own (``local``).
         robust_metrics: Whether values logged with ``sync_dist=True`` become medians over the ranks instead of means,
@@ -89,6 +93,8 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         worker_momentum: float = 0.0,
         workers: Workers = "rank",
         nonfinite: Literal["drop", "raise"] = "drop",
+        attack: Attack | None = None,
+        byzantine_ranks: Sequence[int] = (),
         buffers: BufferRule = "median",
         robust_metrics: bool = False,
         audit_every: int = 0,
@@ -115,12 +121,17 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         remedy = "The default is 'drop'."
         expect(nonfinite in ("drop", "raise"), "nonfinite", "'drop' or 'raise'", nonfinite, remedy)
         expect(audit_every >= 0, "audit_every", "at least 0", audit_every, "0 means never.")
+        both = (attack is None) == (not byzantine_ranks)
+        remedy = "A drill needs an attack and who carries it out."
+        expect(both, "byzantine_ranks", "given beside `attack`", list(byzantine_ranks), remedy)
+        self.attack, self.byzantine_ranks = attack, list(byzantine_ranks)
         self.momenta, self.nonfinite = WorkerMomenta(worker_momentum), nonfinite
         self.robust_metrics, self.audit_every = robust_metrics, audit_every
         self.measures_distances = False
         self._sharded: list[ShardedRule] = []
         self._plan: Plan | None = None
         self.audit: ShardAudit | None = None
+        self.drill: Drill | None = None
         self._has_warned = False
 
     def describe(self) -> str:
@@ -132,8 +143,9 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         }
         beta = self.momenta.beta
         momentum = f" with momentum {beta}" if beta else ""
+        who = f", while {self.byzantine_ranks} attack on purpose" if self.attack else ""
         audit = f", audited every {self.audit_every} steps" if self.audit_every else ""
-        return f"whose gradients{momentum} from {units[self.workers]} {self.rule!r} combines{audit}"
+        return f"whose gradients{momentum} from {units[self.workers]} {self.rule!r} combines{audit}{who}"
 
     @property
     def reports(self) -> list[StepReport]:
@@ -161,7 +173,17 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         drops_more = self.nonfinite == "drop" and not self.has_scaler
         self._sharded = [ShardedRule(copy.deepcopy(self.rule), drops_more) for _ in self.replicas]
         self.momenta, self._has_warned = WorkerMomenta(self.momenta.beta), False
+        self.drill = self._make_drill()
         self.audit = None if self.exchange is None else ShardAudit(self.exchange)
+
+    def _make_drill(self) -> Drill | None:
+        if self.attack is None:
+            return None
+        count = self.num_workers if self.workers == "micro_batch" else self.num_ranks
+        known = all(0 <= rank < count for rank in self.byzantine_ranks)
+        remedy = "They count from 0."
+        expect(known, "byzantine_ranks", f"below {count}", self.byzantine_ranks, remedy)
+        return Drill(self.attack, self.byzantine_ranks, self.num_ranks)
 
     def on_train_start(self) -> None:
         """Refuse an incomplete group of micro-batches that the rule cannot judge."""
@@ -188,7 +210,10 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
 
     def prepare(self, replica: GradientReplica, rows: Tensor) -> Tensor:
         """The momentum of each worker instead of its gradient."""
-        return self.momenta.advance(replica, rows) if self.momenta.beta else rows
+        rows = self.momenta.advance(replica, rows) if self.momenta.beta else rows
+        if self.drill is None:
+            return rows
+        return self.drill.at_home(rows, self.global_rank, replica.num_steps)
 
     def aggregate(
         self, replica: GradientReplica, columns: Tensor, absent: list[int]
@@ -196,6 +221,8 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         """Decide with all ranks what to do with the rows, and do it to this rank's columns."""
         sharded = self._sharded[replica.index]
         index = 0 if self.exchange is None else self.exchange.rank
+        if self.drill is not None:
+            columns = self.drill.in_columns(columns, index, replica.num_steps)
         previous = sharded.part_of_previous(replica.gradients, index)
         plan = sharded.decide(columns, absent, previous, self.exchange, replica.num_steps)
         if isinstance(plan, Rejected):
@@ -252,6 +279,8 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         assert self._plan is not None
         sharded = self._sharded[replica.index]
         previous = sharded.part_of_previous(replica.gradients, index)
+        if self.drill is not None:
+            columns = self.drill.in_columns(columns, index, replica.num_steps)
         return sharded.carry_out(self._plan, columns, previous)
 
     # Checkpoints.
@@ -266,9 +295,12 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
 
     def shared_state(self) -> dict[str, Any]:
         """What the rules go on from."""
-        return {"rules": [sharded.state_dict() for sharded in self._sharded]}
+        state: dict[str, Any] = {"rules": [sharded.state_dict() for sharded in self._sharded]}
+        return state if self.attack is None else {**state, "attack": self.attack.state_dict()}
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Go on from where the rules were."""
         for sharded, saved in zip(self._sharded, state.get("rules", []), strict=False):
             sharded.load_state_dict(saved)
+        if self.attack is not None and "attack" in state:
+            self.attack.load_state_dict(state["attack"])
