@@ -1,7 +1,8 @@
 r"""Order statistics of the columns of a few rows, and means of what is near them.
 
-The k values of a sorted column that are nearest to a centre are neighbours, so they hold exactly one of every k-th value:
-of :math:`x_{(j)}, x_{(j+k)}, x_{(j+2k)}, \dots` the nearest one, for each j < k. Nothing has to be sorted by distance.
+The k values of a sorted column that are nearest to a centre are neighbours, so they hold exactly one of every k-th
+value: of :math:`x_{(j)}, x_{(j+k)}, x_{(j+2k)}, \dots` the nearest one, for each j < k. Nothing has to be sorted by
+distance.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _groups(n: int, num_far: int, single: Sequence[int]) -> list[object]:
 
 
 def _mean_near(rows: list[Tensor], centre: Tensor, num_far: int) -> Tensor:
-    """Mean of all values but the ``num_far`` farthest from the centre, of columns sorted but for what is surely near."""
+    """Mean of all but the ``num_far`` farthest from the centre, of columns sorted but for what is surely near."""
     num_near = len(rows) - num_far
     total = torch.zeros_like(centre)
     for start in range(num_near):
