@@ -48,7 +48,7 @@ class GeometricMedian(GramRule):
         self,
         num_byzantine: int,
         smoothing: float | None = None,
-        num_iterations: int = 50,
+        num_iterations: int = 500,
         tolerance: float = 1e-9,
         start: Literal["mean", "zero"] = "mean",
         worker_weights: Sequence[float] | None = None,
@@ -60,7 +60,7 @@ class GeometricMedian(GramRule):
             "num_iterations",
             "at least 1",
             num_iterations,
-            "The default is 50.",
+            "The default is 500.",
         )
         fits = is_finite_at_least(tolerance, 0.0)
         expect(

@@ -65,7 +65,10 @@ class PreAggregator(ABC):
         matrix = self.matrix(row_gram(rows, reference), num_byzantine)
         result = rows[0].new_empty(len(matrix), rows[0].numel())
         for columns, block in column_blocks(rows):
-            result[:, columns] = combine(matrix, block)
+            if block.dtype == result.dtype:
+                combine(matrix, block, out=result[:, columns])
+            else:  # half precision
+                result[:, columns] = combine(matrix, block)
         return result
 
     def state_dict(self) -> dict[str, object]:

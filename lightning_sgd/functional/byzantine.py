@@ -101,7 +101,7 @@ def spectral_filter(
 
 
 def _is_done(spread: Spread, gram: Tensor, floor: float | None) -> bool:
-    rounding = 1e-20 * max(float(gram.diagonal().max()), 1.0)
+    rounding = 1e-20 * float(gram.diagonal().max())
     return spread.top_eigenvalue <= max(rounding, 0.0 if floor is None else floor)
 
 

@@ -1,8 +1,8 @@
 r"""Order statistics of the columns of a few rows, and means of what is near them.
 
-The k values of a sorted column that are nearest to a centre c are neighbours: a window
-:math:`x_{(s)}, \dots, x_{(s+k-1)}`. Of each pair :math:`x_{(j)}, x_{(j+k)}`, j < n − k, it holds exactly one, the
-nearer, so that one choice per pair gives the sum; nothing has to be sorted by distance.
+The k values of a sorted column that are nearest to a centre are neighbours, so they hold exactly one of every k-th
+value: of :math:`x_{(j)}, x_{(j+k)}, x_{(j+2k)}, \dots` the nearest one, for each j < k. Nothing has to be sorted by
+distance.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def mean_near_median(block: Tensor, num_far: int) -> Tensor:
 
     Args:
         block: Finite numbers of shape (n, s).
-        num_far: How many values are left out, fewer than n/2.
+        num_far: How many values are left out, fewer than n.
 
     Example:
         >>> mean_near_median(torch.tensor([[1.0], [2.0], [4.0], [90.0]]), 1)
@@ -87,19 +87,20 @@ def mean_near_trimmed_mean(block: Tensor, num_far: int) -> Tensor:
 
 
 def _groups(n: int, num_far: int, single: Sequence[int]) -> list[object]:
-    """Of what is surely in the window the order does not matter, unless it is asked for."""
+    """Of what is surely near the order does not matter, unless it is asked for."""
     is_sure = [num_far <= place < n - num_far and place not in single for place in range(n)]
     return ["sure" if sure else place for place, sure in enumerate(is_sure)]
 
 
 def _mean_near(rows: list[Tensor], centre: Tensor, num_far: int) -> Tensor:
-    """Mean of the n − ``num_far`` values nearest to the centre, of columns that are sorted but for the sure part."""
+    """Mean of all but the ``num_far`` farthest from the centre, of columns sorted but for what is surely near."""
     num_near = len(rows) - num_far
     total = torch.zeros_like(centre)
-    for row in rows[num_far:num_near]:
-        total += row
-    for low, high in zip(rows[:num_far], rows[num_near:], strict=True):
-        total += torch.where(high - centre < centre - low, high, low)
+    for start in range(num_near):
+        nearest = rows[start]
+        for row in rows[start + num_near :: num_near]:
+            nearest = torch.where(row - centre < centre - nearest, row, nearest)
+        total += nearest
     return total.div_(num_near)
 
 

@@ -134,12 +134,13 @@ def row_gram(rows: Rows, reference: int | None) -> Tensor:
     return (total + total.mT).cpu() / 2
 
 
-def combine(matrix: Tensor, block: Tensor) -> Tensor:
+def combine(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
     """Rows of ``matrix @ block`` in the type of the block; rows without weight are not touched.
 
     Args:
         matrix: Weights of shape (m, n), in double precision on the CPU.
         block: Some columns of the rows, of shape (n, s).
+        out: Where to write the result, of shape (m, s) and the type of the block; anywhere by default.
 
     Example:
         >>> combine(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0], [2.0], [torch.nan]]))
@@ -150,7 +151,7 @@ def combine(matrix: Tensor, block: Tensor) -> Tensor:
         chosen = used.nonzero().flatten()
         matrix, block = matrix[:, chosen], block[chosen.to(block.device)]
     with full_precision():
-        return matrix.to(block.device, block.dtype) @ block
+        return torch.mm(matrix.to(block.device, block.dtype), block, out=out)
 
 
 def squared_distances(gram: Tensor) -> Tensor:
