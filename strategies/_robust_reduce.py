@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class RobustReduce(DDPStrategy):
         is_robust = self.robust_metrics and self.world_size > 1 and name in REDUCTIONS
         if not is_robust or not isinstance(tensor, Tensor):
             return super().reduce(tensor, group, reduce_op)
-        rows = self.all_gather(tensor, group)
+        rows = self._of_all_ranks(tensor, group)
         is_floating = tensor.is_floating_point()
         usual = finite_median(rows.double()).to(tensor) if is_floating else most_frequent(rows)
         return usual * len(rows) if name == "sum" else usual
@@ -47,5 +48,11 @@ class RobustReduce(DDPStrategy):
         """
         if not self.robust_metrics or self.world_size == 1:
             return super().reduce_boolean_decision(decision, all)
-        votes = self.all_gather(torch.tensor(int(decision), device=self.root_device))
+        votes = self._of_all_ranks(torch.tensor(int(decision), device=self.root_device), None)
         return is_majority([bool(vote) for vote in votes])
+
+    def _of_all_ranks(self, tensor: Tensor, group: Any | None) -> Tensor:
+        # Not by Lightning's `all_gather`, which calls what torch has deprecated.
+        rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(rows, tensor.contiguous(), group=group)
+        return torch.stack(rows)

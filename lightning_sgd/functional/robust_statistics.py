@@ -28,7 +28,8 @@ def finite_median(rows: Tensor) -> Tensor:
         >>> finite_median(torch.tensor([[1.0, 1.0], [2.0, torch.nan], [4.0, 5.0], [torch.inf, 9.0]]))
         tensor([2., 5.])
     """
-    flat = rows.flatten(1).where(rows.flatten(1).isfinite(), torch.nan)
+    flat = rows.reshape(len(rows), -1)
+    flat = flat.where(flat.isfinite(), torch.nan)
     parts = [part.nanquantile(0.5, dim=0) for part in torch.split(flat, BLOCK, dim=1)]
     return torch.cat(parts).view(rows.shape[1:])
 
