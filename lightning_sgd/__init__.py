@@ -50,6 +50,7 @@ from lightning_sgd.aggregation import (
     get_aggregator,
 )
 from lightning_sgd.callbacks import (
+    ByzantineMonitor,
     CommunicationMonitor,
     GradientErrorMonitor,
     RankMonitor,
@@ -120,10 +121,11 @@ __all__ = [
     "Attack",
     "BiasedSGDLR",
     "BiasedSGDProblem",
-    "ByzantineStrategy",
     "BitFlip",
     "Bucketing",
     "Bulyan",
+    "ByzantineMonitor",
+    "ByzantineStrategy",
     "CenteredClipping",
     "Clip",
     "CommunicationMonitor",

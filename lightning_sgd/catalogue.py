@@ -402,6 +402,17 @@ CATALOGUE: tuple[Method, ...] = (
                     "comm/blocked_seconds_per_step",
                 ),
             ),
+            Plugin(
+                name="ByzantineMonitor",
+                kind="callback",
+                settings={"every_n_steps": 1, "max_overhead": 1.0},
+                metric_keys=(
+                    "byzantine/weight/*",
+                    "byzantine/distance/*",
+                    "byzantine/rejected/*",
+                    "byzantine/num_rejected",
+                ),
+            ),
         ),
     ),
 )

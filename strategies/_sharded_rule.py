@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,18 @@ class StepReport:
     """What a rule made of the rows of all workers in one step.
 
     Attributes:
-        weights: Share of each worker in the result, of shape (N,); ``None`` for rules that look at coordinates alone.
+        step: Optimizer steps before it; ``None`` if there was none.
+        num_workers: Number of rows [N].
+        weights: Share of each worker in the result, of shape (N,); ``None`` for rules that look at coordinates, alone or
+            in the end.
         dropped: Workers whose rows were not finite, or far too long.
         absent: Workers without a gradient.
         top_eigenvalue: Of the covariance under the weights, of the spectral filter alone.
         distances: Of each row from the result, of shape (N,), where they were asked for.
     """
 
+    step: int | None = None
+    num_workers: int = 0
     weights: Tensor | None = None
     dropped: tuple[int, ...] = ()
     absent: tuple[int, ...] = ()
@@ -110,7 +115,7 @@ class ShardedRule:
         norms, gram = self._measure(columns, previous, exchange, step)
         missing, faulty = _sort_out(norms, absent)
         f = self.rule.num_byzantine
-        self.report = StepReport(dropped=tuple(faulty), absent=tuple(missing))
+        self.report = StepReport(step, len(norms), dropped=tuple(faulty), absent=tuple(missing))
         if len(faulty) + len(missing) == len(norms):
             return Rejected(faulty, "no worker has a finite gradient")
         if len(faulty) > f and not self.drops_more:
@@ -123,7 +128,7 @@ class ShardedRule:
             )
         kept, left = self.rule.keep(norms[passed])
         plan = self._plan([passed[index] for index in kept], left, gram)
-        self._take_note(passed, missing, len(norms))
+        self._take_note(passed, missing, plan)
         return plan
 
     def _measure(
@@ -163,18 +168,19 @@ class ShardedRule:
         matrix = self.rule.mixing(gram[chosen][:, chosen], num_byzantine)
         return Plan(kept, num_byzantine, matrix)
 
-    def _take_note(self, passed: Sequence[int], missing: Sequence[int], num_rows: int) -> None:
-        found, weights = self.rule.report, None
-        if found.weights is not None:
+    def _take_note(self, passed: Sequence[int], missing: Sequence[int], plan: Plan) -> None:
+        found, weights, num_rows = self.rule.report, None, self.report.num_workers
+        is_final = plan.matrix is not None and len(plan.matrix) == 1
+        if found.weights is not None and is_final:
             weights = torch.zeros(num_rows, dtype=torch.float64)
             weights[list(passed)] = found.weights[: len(passed)]
         dropped = {passed[index] for index in found.dropped}
         taken = {*passed, *missing} - dropped
-        self.report = StepReport(
-            weights,
-            tuple(index for index in range(num_rows) if index not in taken),
-            tuple(missing),
-            found.top_eigenvalue,
+        self.report = replace(
+            self.report,
+            weights=weights,
+            dropped=tuple(index for index in range(num_rows) if index not in taken),
+            top_eigenvalue=found.top_eigenvalue,
         )
 
     def carry_out(self, plan: Plan, columns: Tensor, previous: Tensor | None) -> Tensor:
