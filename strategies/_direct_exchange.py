@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_sgd.functional.flat_gradients import short_hash
 from lightning_sgd.functional.traffic import all_reduce_traffic, send_traffic
 from lightning_sgd.strategies._exchange import Exchange, Purpose, place
 from lightning_sgd.strategies._faults import ExchangeError, different_places
@@ -60,7 +61,9 @@ class DirectExchange(Exchange):
         with self._timed(purpose, step):
             others = dict(enumerate(letters))
             talk = self._start(self._to_others(letter), others, self.objects, step)
-            goods = self._start(send, receive, self.group, step)
+            # Under a number of their own: goods of another trade could be longer than there is room for.
+            number = short_hash(f"{purpose} {step} {layout}".encode()) % 2**30
+            goods = self._start(send, receive, self.group, step, number)
             self._finish(talk)
             self._check(letters)
             self._finish(goods)
@@ -124,6 +127,7 @@ class DirectExchange(Exchange):
         receive: Mapping[int, Tensor],
         group: dist.ProcessGroup,
         step: int,
+        number: int = 0,
     ) -> InFlight:
         others = [(self.rank + shift) % self.num_ranks for shift in range(1, self.num_ranks)]
         outgoing = {peer: [send[peer]] for peer in others if peer in send}
@@ -132,7 +136,7 @@ class DirectExchange(Exchange):
         self._in_flight.append(flight)
         for (tensor,) in outgoing.values():
             self._count(*send_traffic(tensor.nbytes, 1))
-        flight.works = start_letters(outgoing, incoming, group)
+        flight.works = start_letters(outgoing, incoming, group, number)
         return flight
 
     def _finish(self, flight: InFlight) -> None:

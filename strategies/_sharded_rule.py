@@ -32,7 +32,7 @@ class StepReport:
     Attributes:
         step: Optimizer steps before it; ``None`` if there was none.
         num_workers: Number of rows [N].
-        weights: Share of each worker in the result, of shape (N,); ``None`` for rules that look at coordinates, alone or
+        weights: Share of each worker in the result, of shape (N,); ``None`` for rules that look at coordinates
             in the end.
         dropped: Workers whose rows were not finite, or far too long.
         absent: Workers without a gradient.
