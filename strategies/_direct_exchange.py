@@ -30,6 +30,11 @@ class DirectExchange(Exchange):
     for every rank.
     """
 
+    @property
+    def letters(self) -> dist.ProcessGroup:
+        """For small things on the CPU: where gloo carries the goods too, the same group, whose threads are awake."""
+        return self.group if dist.get_backend(self.group) == "gloo" else self.objects
+
     def trade(
         self,
         send: Mapping[int, Tensor],
@@ -60,9 +65,9 @@ class DirectExchange(Exchange):
         letters = letter.repeat(self.num_ranks, 1)
         with self._timed(purpose, step):
             others = dict(enumerate(letters))
-            talk = self._start(self._to_others(letter), others, self.objects, step)
+            talk = self._start(self._to_others(letter), others, self.letters, step)
             # Under a number of their own: goods of another trade could be longer than there is room for.
-            number = short_hash(f"{purpose} {step} {layout}".encode()) % 2**30
+            number = 1 + short_hash(f"{purpose} {step} {layout}".encode()) % 2**30
             goods = self._start(send, receive, self.group, step, number)
             self._finish(talk)
             self._check(letters)
@@ -72,15 +77,19 @@ class DirectExchange(Exchange):
         rows: list[list[int]] = letters[:, LETTER - 2 :].tolist()
         return rows
 
-    def gather_alike(self, tensor: Tensor, purpose: Purpose, step: int) -> Tensor:
+    def gather_alike(
+        self, tensor: Tensor, purpose: Purpose, step: int, into: Tensor | None = None
+    ) -> Tensor:
         """Every rank's tensor on every rank, in one more dimension at the front.
 
         Args:
             tensor: Of one shape and type on all ranks; contiguous.
             purpose: What this is for.
             step: Optimizer steps so far; the same on all ranks.
+            into: Where to put them.
         """
-        everybody = tensor.new_empty((self.num_ranks, *tensor.shape))
+        shape = self.num_ranks, *tensor.shape
+        everybody = tensor.new_empty(shape) if into is None else into.view(shape)
         send, receive = dict.fromkeys(range(self.num_ranks), tensor), dict(enumerate(everybody))
         with self._timed(purpose, step):
             self._finish(self._start(send, receive, self.group, step))
@@ -100,10 +109,10 @@ class DirectExchange(Exchange):
             everybody[self.rank] = values
             with self._timed(purpose, step):
                 receive = dict(enumerate(everybody))
-                self._finish(self._start(self._to_others(values), receive, self.objects, step))
+                self._finish(self._start(self._to_others(values), receive, self.letters, step))
             return everybody.sum(dim=0)
         with self._timed(purpose, step):
-            dist.all_reduce(values, group=self.objects)
+            dist.all_reduce(values, group=self.letters)
             self._count(*all_reduce_traffic(values.nbytes, self.num_ranks))
         return values
 

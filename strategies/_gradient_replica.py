@@ -35,6 +35,8 @@ class GradientReplica(Replica):
         self.num_absent = 0
         self._gradients: FlatGradients | None = None
         self._layout = 0
+        self._columns: Tensor | None = None
+        self._result: Tensor | None = None
 
     @property
     def gradients(self) -> FlatGradients:
@@ -42,6 +44,7 @@ class GradientReplica(Replica):
         tensors = self.tensors
         if self._gradients is None or not self._gradients.holds(tensors):
             self._gradients = FlatGradients(tensors, self.num_ranks)
+            self._columns = self._result = None
             self._layout = layout((self.names.get(id(tensor), "?"), tensor) for tensor in tensors)
         return self._gradients
 
@@ -68,7 +71,7 @@ class GradientReplica(Replica):
     def release(self) -> None:
         """Free the rows until they are needed again."""
         super().release()
-        self._gradients = None
+        self._gradients, self._columns, self._result = None, None, None
 
     def scatter(self, exchange: DirectExchange, rows: Tensor) -> tuple[Tensor, list[list[int]]]:
         """Give each rank its part of the columns of this rank's rows, and get this rank's part of all rows.
@@ -83,7 +86,8 @@ class GradientReplica(Replica):
         """
         gradients, n = self.gradients, exchange.num_ranks
         parts = rows.view(len(rows), n, gradients.shard_size).transpose(0, 1).contiguous()
-        mine = torch.empty_like(parts)
+        # Fresh memory of this size would cost as much as copying it.
+        mine = self._columns = _like(parts, self._columns)
         words = exchange.trade(
             dict(enumerate(parts)),
             dict(enumerate(mine)),
@@ -101,7 +105,8 @@ class GradientReplica(Replica):
             exchange: Between the ranks.
             shard: The part of this rank, of shape (⌈d/n⌉,).
         """
-        return exchange.gather_alike(shard, Purpose.GRADIENTS, self.num_steps).flatten()
+        whole = self._result = _like(self.gradients.rows[0], self._result)
+        return exchange.gather_alike(shard, Purpose.GRADIENTS, self.num_steps, whole).flatten()
 
     def used_by(
         self, exchange: DirectExchange, words: list[list[int]], is_used: Callable[[int], bool]
@@ -119,3 +124,9 @@ class GradientReplica(Replica):
         masks = torch.tensor(mine, dtype=torch.uint8, device=self.gradients.rows.device)
         counts = exchange.gather_alike(masks, Purpose.GRADIENTS, self.num_steps).sum(dim=0)
         return [is_used(int(count)) for count in counts]
+
+
+def _like(tensor: Tensor, old: Tensor | None) -> Tensor:
+    """Uninitialised memory; the old one if it fits."""
+    fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
+    return old if old is not None and fits else torch.empty_like(tensor)
