@@ -155,7 +155,11 @@ def candidates(n: int, f: int, rows: Tensor, peer: Any) -> list[Candidate]:
         Candidate("clip (rows)", Clip(norm), of("Clipping", norm)),
         Candidate("bucketing (rows)", Bucketing(2), of("Bucketing", 2), "random"),
         Candidate("nnm+trmean", rule("nnm+trmean"), _both(of("NNM", f), of("TrMean", f))),
-        Candidate("nnm+filter", rule("nnm+filter")),  # 45 s in byzfl for 11 rows of 10⁴
+        Candidate(
+            "nnm+krum",
+            rule("nnm+krum", num_neighbours=n - f - 1),
+            _both(of("NNM", f), of("Krum", f)),
+        ),
     ]
 
 

@@ -146,7 +146,7 @@ def combine(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
         >>> combine(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0], [2.0], [torch.nan]]))
         tensor([[1.5000]])
     """
-    used = matrix.ne(0).any(dim=0)
+    used = matrix.ne(0).any(dim=0)  # not a number times zero is not a number
     if not bool(used.all()):
         chosen = used.nonzero().flatten()
         matrix, block = matrix[:, chosen], block[chosen.to(block.device)]
