@@ -73,8 +73,10 @@ class PreAggregator(ABC):
         """As much of the Gram matrix as is looked at."""
         if self.looks_at == "nothing":
             return torch.zeros(len(rows), len(rows), dtype=torch.float64)
-        norms = squared_row_norms(rows)
-        return norms.diag() if self.looks_at == "norms" else row_gram(rows, median_row(norms))
+        if self.looks_at == "norms":
+            return squared_row_norms(rows).diag()
+        _, first = next(column_blocks(rows))  # enough to see which row is not an outlier
+        return row_gram(rows, median_row(squared_row_norms(first)))
 
     def state_dict(self) -> dict[str, object]:
         """What the next call depends on."""
