@@ -52,6 +52,7 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/monitors.py
 	$(BIN)/python benchmarks/local_sgd.py
 	$(BIN)/python benchmarks/lr_schedulers.py
+	$(BIN)/python benchmarks/aggregation.py
 
 netlab: $(VENV)/.dev ## Compare strategies on hosts with slow links, in network namespaces (Linux, root), 5 to 10 minutes
 	$(BIN)/python -m benchmarks.netlab

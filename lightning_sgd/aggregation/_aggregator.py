@@ -182,7 +182,7 @@ class Aggregator(ABC):
         """The matrix by which the rows are multiplied before :meth:`reduce`, of shape (m, n) in double precision.
 
         Args:
-            gram: Inner products of the rows less the :attr:`reference`, of shape (n, n), in double precision, on the
+            gram: Inner products of the rows less the ``reference``, of shape (n, n), in double precision, on the
                 CPU; of the rows that were kept and, where the rule uses it, the previous output.
             num_byzantine: How many of these rows may be faulty.
         """
@@ -256,14 +256,14 @@ class Aggregator(ABC):
 
 
 class GramRule(Aggregator):
-    """A rule whose result is a weighted mean of the rows; only :meth:`weights` is missing."""
+    """A rule whose result is a weighted mean of the rows; only ``weights`` is missing."""
 
     @abstractmethod
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Weight of each row, of shape (n,) in double precision.
 
         Args:
-            gram: Inner products of the rows less the :attr:`reference`, of shape (n, n) in double precision.
+            gram: Inner products of the rows less the ``reference``, of shape (n, n) in double precision.
             num_byzantine: How many of these rows may be faulty.
         """
 
@@ -276,7 +276,7 @@ class GramRule(Aggregator):
 
 
 class CoordinateRule(Aggregator):
-    """A rule that combines every coordinate by itself; only :meth:`reduce` is missing."""
+    """A rule that combines every coordinate by itself; only ``reduce`` is missing."""
 
     needs_gram = False
 

@@ -37,7 +37,7 @@ class PreAggregated(Aggregator):
         named = all(step.keeps_workers for step in self.steps) or not rule.names_workers
         expect(named, "steps", "such that rows still belong to workers", self.steps, remedy)
         self.uses_previous_output = rule.uses_previous_output
-        self.centred = rule.centred and all(step.centred for step in self.steps)
+        self.centred = rule.centred and all(step.looks_at != "norms" for step in self.steps)
         super().__init__(rule.num_byzantine)
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -27,12 +27,11 @@ class PreAggregator(ABC):
     """A linear map of n rows to m rows that depends on their Gram matrix.
 
     Attributes:
-        centred: Whether it may be given the Gram matrix of rows less one of them, as for matrices whose rows sum to
-            one; if not, it looks at norms.
+        looks_at: What of the Gram matrix it needs. Distances are those of the rows less any vector; norms are not.
         keeps_workers: Whether row i of the result still belongs to worker i.
     """
 
-    centred: bool = True
+    looks_at: Literal["distances", "norms", "nothing"] = "distances"
     keeps_workers: bool = True
 
     @abstractmethod
@@ -61,8 +60,7 @@ class PreAggregator(ABC):
             num_byzantine: How many rows may be faulty [f].
         """
         rows = check_rows(rows)
-        reference = median_row(squared_row_norms(rows)) if self.centred else None
-        matrix = self.matrix(row_gram(rows, reference), num_byzantine)
+        matrix = self.matrix(self._gram(rows), num_byzantine)
         result = rows[0].new_empty(len(matrix), rows[0].numel())
         for columns, block in column_blocks(rows):
             if block.dtype == result.dtype:
@@ -70,6 +68,15 @@ class PreAggregator(ABC):
             else:  # half precision
                 result[:, columns] = combine(matrix, block)
         return result
+
+    def _gram(self, rows: Rows) -> Tensor:
+        """As much of the Gram matrix as is looked at."""
+        if self.looks_at == "nothing":
+            return torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        if self.looks_at == "norms":
+            return squared_row_norms(rows).diag()
+        _, first = next(column_blocks(rows))  # enough to see which row is not an outlier
+        return row_gram(rows, median_row(squared_row_norms(first)))
 
     def state_dict(self) -> dict[str, object]:
         """What the next call depends on."""
@@ -133,6 +140,7 @@ class Bucketing(PreAggregator):
         Bucketing. ICLR 2022.
     """
 
+    looks_at = "nothing"
     keeps_workers = False
 
     def __init__(self, bucket_size: int = 2, seed: int = 0) -> None:
@@ -173,7 +181,7 @@ class Bucketing(PreAggregator):
 class Clip(PreAggregator):
     r"""Rows no longer than ``radius``: :math:`x_i \min(1, c / \lVert x_i \rVert)`.
 
-    Cost: one Gram matrix.
+    Cost: norms; a Gram matrix where a rule comes after it.
 
     Args:
         radius: Largest norm [c], of gradients that no loss scale multiplies.
@@ -184,7 +192,7 @@ class Clip(PreAggregator):
                 [3., 4.]])
     """
 
-    centred = False
+    looks_at = "norms"
 
     def __init__(self, radius: float) -> None:
         fits = is_finite_at_least(radius, 0.0) and radius > 0
@@ -202,7 +210,7 @@ class Clip(PreAggregator):
 class ARC(PreAggregator):
     """Adaptive robust clipping: the ⌊2f(n − f)/n⌋ longest rows are made as long as the next one.
 
-    Cost: one Gram matrix.
+    Cost: norms; a Gram matrix where a rule comes after it.
 
     Example:
         >>> ARC()(torch.tensor([[1.0], [2.0], [4.0], [64.0]]), num_byzantine=1).flatten()
@@ -213,7 +221,7 @@ class ARC(PreAggregator):
         Clipping for Robust Federated Learning. ICLR 2025.
     """
 
-    centred = False
+    looks_at = "norms"
 
     def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Diagonal."""

@@ -13,8 +13,6 @@ from lightning_sgd.aggregation._aggregator import GramRule
 from lightning_sgd.aggregation._draws import Draws
 from lightning_sgd.functional.byzantine import largest_spread, noise_floor, spectral_filter
 
-Stop = Literal["noise_floor", "agnostic", "threshold"]
-
 
 class SpectralFilter(GramRule):
     r"""The mean after mass has been taken from rows that stretch the covariance; no :math:`\sqrt d` in its error.
@@ -25,7 +23,8 @@ class SpectralFilter(GramRule):
 
     - ``"noise_floor"``: above ``noise_factor`` times what noise alone would make of it, judged by the distances of
       the rows from each other;
-    - ``"threshold"``: above ``gamma`` · ``sigma0``², for who knows how much honest gradients scatter;
+    - ``"threshold"``: above :math:`\gamma \sigma_0^2`, ``gamma`` and ``sigma0``, for who knows how much honest
+      gradients scatter;
     - ``"agnostic"``: always; of all weights on the way that leave at least 1 − 2f/n of the mass, those with the
       smallest λ are taken. The other two end there as well if λ has not become small before.
 
@@ -58,7 +57,7 @@ class SpectralFilter(GramRule):
     def __init__(
         self,
         num_byzantine: int,
-        stop: Stop = "noise_floor",
+        stop: Literal["noise_floor", "agnostic", "threshold"] = "noise_floor",
         sigma0: float | None = None,
         gamma: float = 9.0,
         noise_factor: float = 3.0,

@@ -135,7 +135,7 @@ def row_gram(rows: Rows, reference: int | None) -> Tensor:
 
 
 def combine(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows of ``matrix @ block`` in the type of the block; rows without weight are not touched.
+    """Rows of ``matrix @ block`` in the type of the block; rows without weight do not matter, whatever they hold.
 
     Args:
         matrix: Weights of shape (m, n), in double precision on the CPU.
@@ -147,9 +147,17 @@ def combine(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
         tensor([[1.5000]])
     """
     used = matrix.ne(0).any(dim=0)
-    if not bool(used.all()):
-        chosen = used.nonzero().flatten()
-        matrix, block = matrix[:, chosen], block[chosen.to(block.device)]
+    num_used = int(used.sum())
+    if 2 * num_used > len(used):
+        result = _product(matrix, block, out)
+        if num_used == len(used) or bool(result.isfinite().all()):
+            return result
+    # Not a number, times zero, is not a number.
+    chosen = used.nonzero().flatten()
+    return _product(matrix[:, chosen], block[chosen.to(block.device)], out)
+
+
+def _product(matrix: Tensor, block: Tensor, out: Tensor | None) -> Tensor:
     with full_precision():
         return torch.mm(matrix.to(block.device, block.dtype), block, out=out)
 
