@@ -51,6 +51,7 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/rank.py
 	$(BIN)/python benchmarks/monitors.py
 	$(BIN)/python benchmarks/local_sgd.py
+	$(BIN)/python benchmarks/byzantine.py
 	$(BIN)/python benchmarks/lr_schedulers.py
 	$(BIN)/python benchmarks/aggregation.py
 
