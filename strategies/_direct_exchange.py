@@ -33,7 +33,9 @@ class DirectExchange(Exchange):
     @property
     def letters(self) -> dist.ProcessGroup:
         """For small things on the CPU: where gloo carries the goods too, the same group, whose threads are awake."""
-        return self.group if dist.get_backend(self.group) == "gloo" else self.objects
+        is_gloo = dist.get_backend(self.group) == "gloo"
+        group: dist.ProcessGroup = self.group if is_gloo else self.objects
+        return group
 
     def trade(
         self,

@@ -151,11 +151,14 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
             self.set_world_ranks()
 
     def setup(self, trainer: Trainer) -> None:
-        """Check that this number of ranks and the workers go together."""
+        """On one device nothing is exchanged, not even before an evaluation."""
         if self.world_size == 1 and trainer.state.fn != TrainerFn.FITTING:
-            Strategy.setup(self, trainer)  # that of DDP would exchange weights
-            return
-        super().setup(trainer)
+            Strategy.setup(self, trainer)
+        else:
+            super().setup(trainer)
+
+    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # never wrapped
+        return model
 
     def begin(self) -> None:
         """Make the replicas."""
@@ -202,7 +205,8 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The loss; where there is none, a constant instead, so that this rank goes on with the others."""
         output = super().training_step(*args, **kwargs)
-        if output is not None or not self._module.automatic_optimization:
+        is_alone = self.exchange is None and self.workers == "rank"
+        if output is not None or is_alone or not self._module.automatic_optimization:
             return output
         self._num_skipped += 1
         return torch.zeros((), device=self.root_device, requires_grad=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -192,9 +193,15 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
             return
         batches, k = self._trainer.num_training_batches, self._accumulation
         rest = 0 if batches == float("inf") else int(batches) % k
+        enough = rest == 0 or self._is_enough(rest * self.num_ranks)
         remedy = f"Set limit_train_batches to a multiple of {k}."
-        enough = rest == 0 or 2 * self.rule.num_byzantine < rest * self.num_ranks
         expect(enough, "accumulate_grad_batches", "a divisor of the batches per epoch", k, remedy)
+
+    def _is_enough(self, num_workers: int) -> bool:
+        with suppress(ValueError):
+            self.rule.check(num_workers)
+            return True
+        return False
 
     # Training.
 

@@ -24,7 +24,7 @@ from support.strategy_training import (
     sgd,
     spread,
 )
-from support.training import Regression, by_hand, loss_of, network
+from support.training import Regression, by_hand, loss_of, network, trainer
 from support.watching import assert_equal
 from torch.nn.utils import parameters_to_vector
 
@@ -203,6 +203,13 @@ def test_a_rank_without_a_loss_is_left_out_of_the_step(tmp_path):
     assert_follows(run, simulate(4, combine))
 
 
+def test_one_rank_without_a_loss_is_as_with_lightning_alone(tmp_path):
+    silent = Silent("`training_step` returned `None`")
+    ours = Run(tmp_path / "ours", byzantine(), Skipping([0]), ranks=1, callbacks=[silent])
+    theirs = Run(tmp_path / "theirs", "auto", Skipping([0]), ranks=1, callbacks=[silent])
+    assert torch.equal(finals(ours)[0], finals(theirs)[0])
+
+
 def test_without_a_loss_on_any_rank_there_is_no_step(tmp_path):
     silent = Silent("No step was taken")
     run = Run(tmp_path, byzantine(), Skipping([0, 1]), callbacks=[silent])
@@ -295,6 +302,20 @@ def test_micro_batches_of_one_device_need_no_process_group(tmp_path):
     torch.testing.assert_close(finals(run)[0], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("entry", ["validate", "test", "predict"])
+def test_one_device_evaluates_without_a_process_group(tmp_path, entry):
+    class Evaluated(Regression):
+        def validation_step(self, batch, batch_idx):
+            assert not dist.is_initialized()
+            return loss_of(self.net, batch)
+
+        test_step = predict_step = validation_step
+
+    of = lightning_sgd.ByzantineStrategy(workers="micro_batch")
+    quiet = trainer(tmp_path, strategy=of)
+    assert getattr(quiet, entry)(Evaluated(sgd), loader(1)) is not None
+
+
 class BrokenBatches(Regression):
     """Every third batch is NaN."""
 
@@ -347,6 +368,7 @@ class SaveEvery(Callback):
     ("num_ranks", "settings"),
     [
         (1, {"aggregator": "cclip"}),
+        (2, {"aggregator": "cclip"}),
         (2, {"aggregator": "bucketing+median"}),
         (4, {"aggregator": "cclip", "num_byzantine": 1}),
         (4, {"aggregator": "filter(mode='hard')", "num_byzantine": 1, "audit_every": 2}),
