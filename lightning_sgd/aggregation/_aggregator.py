@@ -54,7 +54,6 @@ class Aggregator(ABC):
 
     Args:
         num_byzantine: How many of the workers may be faulty [f], fewer than half.
-        worker_weights: Weight of each worker, such as its batch size, for the rules that know what to do with it.
 
     Attributes:
         needs_gram: Whether the rule looks at the Gram matrix; if not, :meth:`mixing` is not called.
@@ -70,27 +69,24 @@ class Aggregator(ABC):
     centred: bool = True
     uses_previous_output: bool = False
 
-    def __init__(self, num_byzantine: int, worker_weights: Sequence[float] | None = None) -> None:
+    def __init__(self, num_byzantine: int) -> None:
         remedy = "It is the number of workers that may be faulty."
         is_count = isinstance(num_byzantine, int) and num_byzantine >= 0
-        expect(
-            is_count, "num_byzantine", "a whole number that is not negative", num_byzantine, remedy
-        )
+        expect(is_count, "num_byzantine", "a count", num_byzantine, remedy)
         self.num_byzantine = num_byzantine
-        positive = worker_weights is None or all(0 < w < math.inf for w in worker_weights)
-        expect(
-            positive,
-            "worker_weights",
-            "positive numbers",
-            worker_weights,
-            "Leave a worker out instead.",
-        )
-        self.worker_weights = None if worker_weights is None else tuple(worker_weights)
+        self.worker_weights: tuple[float, ...] | None = None
         self.report = AggregationReport()
         self.reference: int | None = 0 if self.centred else None
         self._kept: Sequence[int] | None = None
         self._num_rows = 0
         self._previous: Tensor | None = None
+
+    def _weigh_workers(self, weights: Sequence[float] | None) -> None:
+        """For rules that know what to do with a weight for each worker."""
+        remedy = "Leave a worker out instead."
+        positive = weights is None or all(0 < weight < math.inf for weight in weights)
+        expect(positive, "worker_weights", "positive numbers", weights, remedy)
+        self.worker_weights = None if weights is None else tuple(weights)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_byzantine={self.num_byzantine})"

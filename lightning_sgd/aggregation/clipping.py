@@ -49,7 +49,8 @@ class CenteredClipping(GramRule):
         num_iterations: int = 3,
         worker_weights: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(num_byzantine, worker_weights)
+        super().__init__(num_byzantine)
+        self._weigh_workers(worker_weights)
         fits = radius == "auto" or (is_finite_at_least(radius, 0.0) and radius > 0)
         expect(fits, "radius", "a positive number or auto", radius, "The default finds one.")
         expect(

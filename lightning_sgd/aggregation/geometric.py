@@ -70,7 +70,8 @@ class GeometricMedian(GramRule):
         self.smoothing, self.num_iterations = smoothing, num_iterations
         self.tolerance, self.start = tolerance, start
         self.centred = start == "mean"
-        super().__init__(num_byzantine, worker_weights)
+        super().__init__(num_byzantine)
+        self._weigh_workers(worker_weights)
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Of the last step."""

@@ -30,7 +30,8 @@ class Mean(CoordinateRule):
     def __init__(
         self, num_byzantine: int = 0, worker_weights: Sequence[float] | None = None
     ) -> None:
-        super().__init__(num_byzantine, worker_weights)
+        super().__init__(num_byzantine)
+        self._weigh_workers(worker_weights)
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
         """The mean of each column."""

@@ -65,7 +65,8 @@ class SpectralFilter(GramRule):
         worker_weights: Sequence[float] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_byzantine, worker_weights)
+        super().__init__(num_byzantine)
+        self._weigh_workers(worker_weights)
         stops, modes = ("noise_floor", "agnostic", "threshold"), ("soft", "hard")
         expect(stop in stops, "stop", f"one of {', '.join(stops)}", stop, "The default suits most.")
         expect(mode in modes, "mode", f"one of {', '.join(modes)}", mode, "The default suits most.")

@@ -57,13 +57,25 @@ def squared_row_norms(rows: Rows) -> Tensor:
         >>> squared_row_norms(torch.tensor([[3.0, 4.0], [1e30, 0.0], [torch.nan, 0.0]])).sqrt()
         tensor([5.0000e+00, 1.0000e+30,        nan], dtype=torch.float64)
     """
-    total = torch.zeros(len(rows), dtype=torch.float64)
+    device = _where_double_is(rows)
+    total = torch.zeros(len(rows), dtype=torch.float64, device=device)
     for _, block in column_blocks(rows):
-        norms = torch.linalg.vector_norm(block, dim=1)
-        if not bool(norms.isfinite().all()):  # single precision overflows at 1.8e19
-            norms = torch.linalg.vector_norm(block.cpu(), dim=1, dtype=torch.float64)
-        total += norms.cpu().double().square()
-    return total
+        total += _norms(block.to(device)).double().square()
+    return total.cpu()
+
+
+def _norms(block: Tensor) -> Tensor:
+    if block.device.type == "cpu":  # four times as fast, but overflows at 1.8e19
+        norms: Tensor = torch.linalg.vector_norm(block, dim=1)
+        if bool(norms.isfinite().all()):
+            return norms
+    wide: Tensor = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64)
+    return wide
+
+
+def _where_double_is(rows: Rows) -> torch.device:
+    device = rows[0].device
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def usable_rows(squared_norms: Tensor, num_byzantine: int, max_ratio: float = 1e4) -> list[int]:
@@ -124,8 +136,7 @@ def row_gram(rows: Rows, reference: int | None) -> Tensor:
         tensor([[ 0.,  0.],
                 [ 0., 25.]], dtype=torch.float64)
     """
-    first = rows[0]
-    accumulator = "cpu" if first.device.type == "mps" else first.device
+    accumulator = _where_double_is(rows)
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=accumulator)
     with full_precision():
         for _, block in column_blocks(rows):
