@@ -170,10 +170,10 @@ def strategy(setting: Setting) -> Strategy:
         return DDPStrategy(**processes)
     attack, wrong = DRILLS.get(setting.attack), setting.num_wrong
     wrong_ranks = list(range(setting.num_ranks - wrong, setting.num_ranks)) if attack else []
-    rule = Mean(wrong) if setting.rule == "mean" else setting.rule
+    is_mean = setting.rule == "mean"
     return ByzantineStrategy(
-        rule,
-        wrong,
+        Mean() if is_mean else setting.rule,
+        0 if is_mean else wrong,
         worker_momentum=MOMENTUM,
         attack=attack,
         byzantine_ranks=wrong_ranks,
