@@ -51,7 +51,9 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/rank.py
 	$(BIN)/python benchmarks/monitors.py
 	$(BIN)/python benchmarks/local_sgd.py
+	$(BIN)/python benchmarks/byzantine.py
 	$(BIN)/python benchmarks/lr_schedulers.py
+	$(BIN)/python benchmarks/aggregation.py
 
 netlab: $(VENV)/.dev ## Compare strategies on hosts with slow links, in network namespaces (Linux, root), half an hour
 	$(BIN)/python -m benchmarks.netlab

@@ -1,11 +1,13 @@
 """Lightning callbacks, one per file; hooks only, the arithmetic is in ``functional``."""
 
+from lightning_sgd.callbacks.byzantine_monitor import ByzantineMonitor
 from lightning_sgd.callbacks.communication_monitor import CommunicationMonitor
 from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor
 from lightning_sgd.callbacks.rank_monitor import RankMonitor
 from lightning_sgd.callbacks.trajectory_regularization import TrajectoryRegularization
 
 __all__ = [
+    "ByzantineMonitor",
     "CommunicationMonitor",
     "GradientErrorMonitor",
     "RankMonitor",

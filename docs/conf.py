@@ -47,6 +47,7 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(Any|DataLoader|Dataset|LightningModule|Optimizer|ParamsT|T_co|Tensor|Trainer|optional)",
     ),
+    (r"py:.*", r"(BufferRule|Workers|lightning_sgd\.strategies\._sharded_rule\.StepReport)"),
     (r"py:.*", r"(BufferPolicy|OptimizerStatePolicy|InitialWeights|StartMethod|timedelta)"),
     (
         r"py:.*",

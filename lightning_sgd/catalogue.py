@@ -379,6 +379,42 @@ CATALOGUE: tuple[Method, ...] = (
             ),
         ),
     ),
+    Method(
+        key="byzantine",
+        title="Byzantine-resilient SGD",
+        summary="Combines the gradients of ranks or micro-batches so that a few wrong ones do not matter.",
+        use_when="A rank may compute wrongly, send NaN, or train on poisoned data, and training must go on.",
+        paper=Paper(
+            title="Byzantine-Resilient SGD in High Dimensions on Heterogeneous Data",
+            authors="Deepesh Data, Suhas Diggavi",
+            venue="ISIT",
+            year=2021,
+            url="https://arxiv.org/abs/2005.07866",
+        ),
+        plugins=(
+            Plugin(
+                name="ByzantineStrategy",
+                kind="strategy",
+                settings={"aggregator": "filter"},
+                metric_keys=(
+                    "comm/bytes_per_step",
+                    "comm/messages_per_step",
+                    "comm/blocked_seconds_per_step",
+                ),
+            ),
+            Plugin(
+                name="ByzantineMonitor",
+                kind="callback",
+                settings={"every_n_steps": 1, "max_overhead": 1.0},
+                metric_keys=(
+                    "byzantine/weight/*",
+                    "byzantine/distance/*",
+                    "byzantine/rejected/*",
+                    "byzantine/num_rejected",
+                ),
+            ),
+        ),
+    ),
 )
 
 

@@ -8,7 +8,7 @@ back, so that it goes on exactly where it was; everything else reads the mean.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,15 +43,42 @@ def rank_part(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> Checkp
     return part
 
 
-def with_ranks(checkpoint: Checkpoint, parts: Sequence[Checkpoint], num_ranks: int) -> Checkpoint:
+def with_ranks(
+    checkpoint: Checkpoint,
+    parts: Sequence[Checkpoint],
+    num_ranks: int,
+    shared: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """The checkpoint with every rank's part.
 
     Args:
         checkpoint: Of rank 0, with the mean of the weights.
         parts: By rank; only that of the rank that writes when others have failed.
         num_ranks: Number of ranks in the training.
+        shared: What a strategy keeps that is the same on all ranks.
     """
-    return {**checkpoint, KEY: {"version": VERSION, "num_ranks": num_ranks, "ranks": list(parts)}}
+    content = {"version": VERSION, "num_ranks": num_ranks, "ranks": list(parts)}
+    if shared:
+        content["shared"] = move_data_to_device(dict(shared), torch.device("cpu"))
+    return {**checkpoint, KEY: content}
+
+
+def without_common(
+    checkpoint: Mapping[str, Any], names: Collection[str], own: Collection[str]
+) -> Checkpoint:
+    """What a rank has to itself where all ranks have the same weights.
+
+    Args:
+        checkpoint: As Lightning and the callbacks made it for this rank.
+        names: Of all weights and buffers of the module.
+        own: Of those that every rank has to itself.
+    """
+
+    def rest(value: Any) -> Any:
+        is_module = isinstance(value, Mapping) and bool(value) and value.keys() <= set(names)
+        return {key: value[key] for key in own if key in value} if is_module else value
+
+    return {key: rest(value) for key, value in checkpoint.items() if key != "optimizer_states"}
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,19 +151,37 @@ def for_rank(checkpoint: Checkpoint, rank: int, num_ranks: int) -> Checkpoint:
         return checkpoint
     parts = checkpoint[KEY]["ranks"]
     if is_complete(checkpoint, num_ranks):
-        return {**checkpoint, **parts[rank]}
-    rank_zero_warn(_why_not(len(parts), checkpoint[KEY]["num_ranks"], num_ranks))
-    states = [part["optimizer_states"] for part in parts]
-    shared = {"optimizer_states": mean_of_states(states), KEY: _shared(parts[0][KEY])}
-    return {**checkpoint, **shared}
+        return _merged(checkpoint, parts[rank])
+    states = [part["optimizer_states"] for part in parts if "optimizer_states" in part]
+    why = _why_not(len(parts), checkpoint[KEY]["num_ranks"], num_ranks)
+    state = {**_shared(parts[0][KEY]), **_same_on_all(checkpoint)}
+    if not states:  # all ranks had the same weights and optimizer states
+        rank_zero_warn(f"{why}: every rank starts without momentum of its own.")
+        return {**checkpoint, KEY: state}
+    rank_zero_warn(
+        f"{why}: every rank starts from the mean of their weights and of their optimizer states."
+    )
+    return {**checkpoint, "optimizer_states": mean_of_states(states), KEY: state}
+
+
+def _merged(checkpoint: Checkpoint, part: Checkpoint) -> Checkpoint:
+    """What all have in common, and in its place what a rank has to itself."""
+    merged = {**checkpoint, **part, KEY: {**part[KEY], **_same_on_all(checkpoint)}}
+    for key, value in part.items():
+        common = checkpoint.get(key)
+        if key != KEY and isinstance(value, Mapping) and isinstance(common, Mapping):
+            merged[key] = {**common, **value}
+    return merged
+
+
+def _same_on_all(checkpoint: Checkpoint) -> Checkpoint:
+    return {"shared": checkpoint[KEY]["shared"]} if "shared" in checkpoint[KEY] else {}
 
 
 def _why_not(num_parts: int, num_then: int, num_now: int) -> str:
     if num_parts < num_then:
-        why = f"The checkpoint was written after a failure, when {num_parts} of {num_then} ranks could be reached"
-    else:
-        why = f"The checkpoint is of {num_then} ranks, this is a training on {num_now}"
-    return f"{why}: every rank starts from the mean of their weights and of their optimizer states."
+        return f"The checkpoint was written after a failure, when {num_parts} of {num_then} ranks could be reached"
+    return f"The checkpoint is of {num_then} ranks, this is a training on {num_now}"
 
 
 def _shared(state: Mapping[str, Any]) -> Checkpoint:

@@ -43,6 +43,8 @@ class Purpose(IntEnum):
     STATE = 3
     GOSSIP = 4
     ANCHOR = 5
+    WEIGHTS = 6
+    AUDIT = 7
 
 
 NUM_TAGS = 61
@@ -228,14 +230,14 @@ class Exchange:
         except RuntimeError as error:
             if not is_failed_exchange(error):
                 raise
-            raise ExchangeError(self._explain(error, _place(purpose, step))) from error
+            raise ExchangeError(self._explain(error, place(purpose, step))) from error
         finally:
             self.traffic.seconds += time.perf_counter() - begin
 
-    def _explain(self, error: Exception, place: str) -> str:
+    def _explain(self, error: Exception, where: str) -> str:
         traceback.clear_frames(error.__traceback__)  # they hold on to the group
         self.hang_up()
-        return f"Rank {self.rank} could not finish the exchange of {place}. {self.roll_call.take(place)}"
+        return f"Rank {self.rank} could not finish the exchange of {where}. {self.roll_call.take(where)}"
 
     def hang_up(self) -> None:
         """Close all connections, so that ranks that wait for this one learn of its failure at once."""
@@ -252,19 +254,25 @@ class Exchange:
         closing.join(HANG_UP_SECONDS)
 
     def _raise_stray(self, peer: int, step: int) -> None:
-        place = _place(Purpose.GOSSIP, step)
+        where = place(Purpose.GOSSIP, step)
         self.hang_up()
-        said = self.roll_call.take(place)
+        said = self.roll_call.take(where)
         raise ExchangeError(
-            f"Rank {self.rank} is in the exchange of {place}, but rank {peer} sent it a message of another one. {said}"
+            f"Rank {self.rank} is in the exchange of {where}, but rank {peer} sent it a message of another one. {said}"
         )
 
     def _raise_mismatch(self, purpose: Purpose, step: int) -> None:
-        places = self.gather_everywhere(_place(purpose, step))
+        places = self.gather_everywhere(place(purpose, step))
         raise ExchangeError(different_places(dict(enumerate(places))))
 
 
-def _place(purpose: Purpose, step: int) -> str:
+def place(purpose: Purpose, step: int) -> str:
+    """Where a rank is, in words.
+
+    Args:
+        purpose: Of the exchange.
+        step: Optimizer steps so far.
+    """
     return f"{purpose.name.lower()} after step {step}"
 
 

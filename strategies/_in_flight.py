@@ -70,15 +70,32 @@ def start_messages(
         receive: From whom, and where to.
         group: Of all ranks.
     """
+    return start_letters(dict.fromkeys(send, outgoing), receive, group)
+
+
+def start_letters(
+    send: Mapping[int, Sequence[Tensor]],
+    receive: Mapping[int, Sequence[Tensor]],
+    group: dist.ProcessGroup,
+    first_tag: int = 0,
+) -> list[dist.Work]:
+    """The same with other buffers for every receiver.
+
+    Args:
+        send: To whom, and what.
+        receive: From whom, and where to.
+        group: Of all ranks.
+        first_tag: Number of the first message; gloo keeps those of different numbers apart.
+    """
     operations = [
         dist.P2POp(dist.irecv, buffer, peer, group, tag)
         for peer, buffers in receive.items()
-        for tag, buffer in enumerate(buffers)
+        for tag, buffer in enumerate(buffers, first_tag)
     ]
     operations += [
         dist.P2POp(dist.isend, buffer, peer, group, tag)
-        for peer in send
-        for tag, buffer in enumerate(outgoing)
+        for peer, buffers in send.items()
+        for tag, buffer in enumerate(buffers, first_tag)
     ]
     works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
     return works

@@ -4,42 +4,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sgd._validation import expect, warn_no_effect
-from lightning_sgd.functional.traffic import Traffic, all_reduce_traffic
 from lightning_sgd.strategies import _checkpoints as checkpoints
 from lightning_sgd.strategies._consensus import BufferPolicy, Consensus, OptimizerStatePolicy
-from lightning_sgd.strategies._exchange import Exchange
-from lightning_sgd.strategies._faults import ExchangeError, is_failed_exchange
 from lightning_sgd.strategies._replica import Replica
-from lightning_sgd.strategies._requirements import refuse_unsupported, verify_equal_weights
-from lightning_sgd.strategies._sigterm import listen_for_sigterm_every
+from lightning_sgd.strategies._unwrapped import InitialWeights, StartMethod, UnwrappedStrategy
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
-StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
-InitialWeights: TypeAlias = Literal["broadcast", "verify"]
+__all__ = ["InitialWeights", "ParameterAveragingStrategy", "StartMethod"]
 
 
-class ParameterAveragingStrategy(DDPStrategy, ABC):
+class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
     """Trains one model per rank, without a wrapper and without reducing gradients.
 
     A subclass says what happens after an optimizer step (:meth:`after_step`), mostly by calling :meth:`average`, and
-    whatever else it needs of the hooks below. This class owns the rest: equal weights at the start; the mean of the
-    models for validation, checkpoints and the end of training, with every rank's own weights put back after; buffers;
-    optimizer state; what each rank needs to resume; counting and timing; and failing ranks.
+    whatever else it needs of the hooks below. This class owns what its base does not: the mean of the models for
+    validation, checkpoints and the end of training, with every rank's own weights put back after; buffers; optimizer
+    state; and what each rank needs to resume.
 
     Args:
         buffers: What becomes of floating-point buffers when models are averaged.
@@ -50,6 +40,10 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         timeout: How long a rank waits for the others before it gives up.
         start_method: How processes are started on one machine.
     """
+
+    against_sync_batchnorm = (
+        "Ranks are not in the same forward pass; `buffers='average'` averages the statistics."
+    )
 
     def __init__(
         self,
@@ -62,24 +56,11 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         start_method: StartMethod,
     ) -> None:
         super().__init__(
-            process_group_backend=process_group_backend, timeout=timeout, start_method=start_method
-        )
-        expect(
-            sigterm_every_n_batches >= 0,
-            "sigterm_every_n_batches",
-            "at least 0",
-            sigterm_every_n_batches,
-            "1 is Lightning's behaviour, 0 means never.",
+            initial_weights, sigterm_every_n_batches, process_group_backend, timeout, start_method
         )
         self.buffer_policy, self.state_policy = buffers, optimizer_state
-        self.initial_weights = initial_weights
-        self.sigterm_every_n_batches = sigterm_every_n_batches
-        self.exchange: Exchange | None = None
         self.consensus: Consensus | None = None
         self._written: Mapping[str, Any] | None = None
-        self._is_resumed = False
-        self._random_states: Mapping[str, Any] | None = None
-        self._logged = Traffic()
 
     # What a subclass says.
 
@@ -110,30 +91,7 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         """
         return None
 
-    def own_metrics(self) -> dict[str, float]:
-        """What else to log beside the traffic, by key."""
-        return {}
-
-    def own_state(self) -> dict[str, Any]:
-        """What a subclass needs of its own to resume: tensors, numbers, strings, lists, dictionaries."""
-        return {}
-
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`own_state`.
-
-        Args:
-            state: What it returned on this rank.
-        """
-
-    in_background = False
-    """Whether a subclass exchanges while it computes, which takes a process group more."""
-
     # What a subclass uses.
-
-    @property
-    def num_ranks(self) -> int:
-        """Number of ranks that take part."""
-        return 1 if self.exchange is None else self.exchange.num_ranks
 
     @property
     def replicas(self) -> list[Replica]:
@@ -152,29 +110,8 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
 
     # Set-up.
 
-    def configure_ddp(self) -> None:
-        """Instead of wrapping the module, give all ranks the same weights, unless each has got its own back."""
-        if self._is_resumed or self.exchange is None:
-            return
-        if self.initial_weights == "verify":
-            verify_equal_weights(self.exchange, self._module)
-        else:
-            _sync_module_states(self._module)
-
-    def setup(self, trainer: Trainer) -> None:
-        """Make process groups of our own, then the replicas of what the optimizers train."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            super().setup(trainer)
-            return
-        refuse_unsupported(self)
-        if self.world_size > 1 and (self.exchange is None or not self.exchange.is_valid):
-            self.exchange = Exchange(self._timeout, in_background=self.in_background)
-        super().setup(trainer)
-        refuse_unsupported(self)  # now the optimizers are known
-        self._begin()
-        self._is_resumed = False
-
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Make the replicas of what the optimizers train."""
         self.consensus = Consensus(
             self.exchange,
             self.optimizers,
@@ -183,29 +120,13 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
             self.buffer_policy,
             self.state_policy,
         )
-        self._random_states = None
-        self._logged = Traffic()
-        if self.exchange is not None:
-            self.exchange.traffic = Traffic()
-
-    def on_train_start(self) -> None:
-        """Thin out Lightning's own broadcasts, and say what is going to happen."""
-        listen_for_sigterm_every(self.sigterm_every_n_batches, self._trainer)
-        places = ", ".join(type(logger).__name__ for logger in self._trainer.loggers) or "no logger"
-        ranks = f"{self.num_ranks} ranks" if self.exchange else "1 rank, nothing to exchange"
-        num_bytes = sum(replica.flat.num_bytes for replica in self.replicas)
-        rank_zero_info(
-            f"{type(self).__name__}: {ranks}, {num_bytes / 1e6:.3g} MB of parameters {self.describe()}; "
-            f"comm/... goes to {places}."
-        )
+        super().begin()
 
     # Training.
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Put random generators where they were before an interruption; from now on buffers may differ."""
-        if self._random_states is not None:
-            checkpoints.set_random_states(self._random_states)
-            self._random_states = None
+        super().on_train_batch_start(batch, batch_idx)
         if self.consensus is not None:
             self.consensus.move_buffers()
 
@@ -234,18 +155,15 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         self._log_traffic()
         return output
 
-    def on_train_end(self) -> None:
-        """Leave the mean of the models on every rank, and say what it took."""
-        for replica in self.replicas:
-            if replica.num_steps == 0 and replica.optimizer.state:
-                warn_no_effect(
-                    f"{type(self).__name__} saw no step of optimizer {replica.index}. Call `step` of what "
-                    "`self.optimizers()` returns, not of the torch optimizer itself."
-                )
+    def settle(self) -> None:
+        """Leave the mean of the models on every rank, for good."""
         if self.consensus is not None:
             self.consensus.settle()
-        listen_for_sigterm_every(1, self._trainer)
-        rank_zero_info(f"{type(self).__name__}: {self._conclusion()}")
+
+    def close(self) -> None:
+        """Put this rank's weights back, and exchange nothing any more."""
+        if self.consensus is not None:
+            self.consensus.close()
 
     def on_validation_start(self) -> None:
         """Evaluate the mean of the models."""
@@ -302,23 +220,6 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         parts = None if parts is None else [part, *parts[1:]]
         return checkpoints.with_ranks(checkpoint, parts, self.num_ranks) if parts else checkpoint
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "replicas": [replica.state_dict() for replica in self.replicas],
-            "random": checkpoints.random_states(),
-            "own": self.own_state(),
-        }
-
-    def load_checkpoint(
-        self, checkpoint_path: _PATH, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """What the file holds: for training on as many ranks this rank's part, else the mean of the models."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        if self._trainer.state.fn != TrainerFn.FITTING:
-            return checkpoint
-        self._is_resumed = checkpoints.is_complete(checkpoint, self.world_size)
-        return checkpoints.for_rank(checkpoint, self.global_rank, self.world_size)
-
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore the optimizers, then counts, generators and what the subclass keeps."""
         super().load_optimizer_state_dict(checkpoint)
@@ -334,79 +235,3 @@ class ParameterAveragingStrategy(DDPStrategy, ABC):
         self.consensus.move_buffers()
         self.load_own_state(state["own"])
         self._random_states = state["random"]
-
-    # Failing ranks.
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the others, unless one of them has failed and will never come."""
-        if not self._has_failed:
-            super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Send from one rank to all, unless one of them has failed."""
-        return obj if self._has_failed else super().broadcast(obj, src)
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Put this rank's weights back, hang up, and find out or let the others know who is to blame."""
-        if self.consensus is not None:
-            self.consensus.close()
-        if self.exchange is not None and not isinstance(exception, ExchangeError):
-            self._blame(self.exchange, exception)
-        super().on_exception(exception)
-
-    @staticmethod
-    def _blame(exchange: Exchange, exception: BaseException) -> None:
-        roll_call = exchange.roll_call
-        if is_failed_exchange(exception):
-            exchange.hang_up()
-            exception.args = (f"{exception} {roll_call.take('something else')}",)
-        else:
-            roll_call.report(f"raised {type(exception).__name__}: {exception}")
-            exchange.hang_up()
-            roll_call.stay()
-
-    @property
-    def _has_failed(self) -> bool:
-        module = self.lightning_module
-        trainer = None if module is None else module._trainer
-        return trainer is not None and trainer.interrupted
-
-    # Small things.
-
-    @property
-    def _module(self) -> LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
-
-    @property
-    def _trainer(self) -> Trainer:
-        return self._module.trainer
-
-    def _log_traffic(self) -> None:
-        if self.exchange is None:
-            return
-        traffic, trainer = self.exchange.traffic, self._trainer
-        traffic.num_steps += 1
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        if every == 0 or traffic.num_steps % every:
-            return
-        values = {**(traffic - self._logged).per_step(), **self.own_metrics()}
-        self._logged = traffic - Traffic()
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        trainer.callback_metrics.update({key: torch.tensor(x) for key, x in values.items()})
-
-    def _conclusion(self) -> str:
-        steps = ", ".join(str(replica.num_steps) for replica in self.replicas)
-        if self.exchange is None:
-            return f"{steps} steps, nothing to exchange."
-        traffic = self.exchange.traffic
-        gradients = sum(
-            replica.num_steps * all_reduce_traffic(replica.flat.num_bytes, self.num_ranks)[0]
-            for replica in self.replicas
-        )
-        return (
-            f"{steps} steps, {traffic.num_bytes / 1e6:.3g} MB sent per rank in {traffic.num_messages} messages "
-            f"({gradients / 1e6:.3g} MB if gradients were exchanged in every step), waited {traffic.seconds:.2f} s for "
-            "the other ranks."
-        )

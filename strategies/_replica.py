@@ -54,6 +54,11 @@ class Replica:
             self._flat = FlatBuffers(tensors)
         return self._flat
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of what travels."""
+        return self.flat.num_bytes
+
     def step(self) -> None:
         """Count an optimizer step of this rank."""
         self.num_steps += 1

@@ -1,4 +1,4 @@
-"""What parameter averaging cannot be combined with, said before training starts."""
+"""What strategies without a wrapper cannot be combined with, said before training starts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lightning_sgd.strategies._exchange import Exchange
-    from lightning_sgd.strategies._parameter_averaging import ParameterAveragingStrategy
+    from lightning_sgd.strategies._unwrapped import UnwrappedStrategy
 
 # By name: importing them takes longer than importing this package.
 WRAPPERS = ("FullyShardedDataParallel", "DistributedDataParallel", "DeepSpeedEngine")
 OPTIMIZERS = ("PostLocalSGDOptimizer", "ZeroRedundancyOptimizer", "DistributedOptimizer")
 
 
-def refuse_unsupported(strategy: ParameterAveragingStrategy) -> None:
+def refuse_unsupported(strategy: UnwrappedStrategy) -> None:
     """Raise if module, optimizers or Trainer are set up to exchange something themselves.
 
     Args:
@@ -38,7 +38,7 @@ def refuse_unsupported(strategy: ParameterAveragingStrategy) -> None:
         "sync_batchnorm",
         f"False with {name}",
         True,
-        "Ranks are not in the same forward pass; `buffers='average'` averages the statistics.",
+        strategy.against_sync_batchnorm,
     )
     wrapped = _named(parts, WRAPPERS)
     remedy = f"{name} needs every rank to hold the whole module, unwrapped."
@@ -76,6 +76,16 @@ def fingerprint(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
         if isinstance(tensor, torch.Tensor):
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            digest.update(content(tensor))
     return digest.hexdigest()
+
+
+def content(tensor: torch.Tensor) -> bytes:
+    """All bits of a tensor.
+
+    Args:
+        tensor: On any device.
+    """
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    array: bytes = flat.view(torch.uint8).numpy().tobytes()
+    return array

@@ -11,6 +11,7 @@ import docstring_parser
 import pytest
 
 import lightning_sgd
+from lightning_sgd import aggregation
 from lightning_sgd.catalogue import CATALOGUE, FOLDERS, find, plugins
 
 METHODS = pytest.mark.parametrize("method", CATALOGUE, ids=lambda method: method.key)
@@ -22,7 +23,7 @@ HOUSE = {
     "OutsideIntendedUseWarning",
     "ResumableDataLoader",
     "partition_by_label",
-}
+} | set(aggregation.__all__)
 
 
 @METHODS

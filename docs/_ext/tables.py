@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import lightning_sgd
+from lightning_sgd import aggregation
 from lightning_sgd.catalogue import CATALOGUE, Method
 
 if TYPE_CHECKING:
@@ -55,8 +56,11 @@ def compatibility(pairs: Mapping[str, Mapping[str, str]]) -> str:
 
 def reference() -> str:
     """An autodoc entry for every public name, method by method, then the rest."""
-    rest = [n for n in lightning_sgd.__all__ if not any(n in m.symbols for m in CATALOGUE)]
+    known = {name for method in CATALOGUE for name in method.symbols}
+    rules = [name for name in aggregation.__all__ if name not in known]
+    rest = [name for name in lightning_sgd.__all__ if name not in {*known, *rules}]
     parts = [_reference_of(m.title, m.symbols, m) for m in CATALOGUE]
+    parts.append(_reference_of("Robust aggregation", rules, None))
     return "\n".join([*parts, _reference_of("Data, models and warnings", rest, None)])
 
 

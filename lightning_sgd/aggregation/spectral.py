@@ -1,0 +1,166 @@
+"""The spectral filter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from lightning_sgd._validation import expect, is_finite_at_least, warn_no_effect
+from lightning_sgd.aggregation._aggregator import GramRule
+from lightning_sgd.aggregation._draws import Draws
+from lightning_sgd.functional.byzantine import largest_spread, noise_floor, spectral_filter
+
+
+class SpectralFilter(GramRule):
+    r"""The mean after mass has been taken from rows that stretch the covariance; no :math:`\sqrt d` in its error.
+
+    While the top eigenvalue λ of the covariance of the rows is too large, the mass of row i is multiplied by
+    :math:`1 - \tau_i/\max_j \tau_j`, where τᵢ is its squared projection on the top direction. Too large is, by
+    ``stop``,
+
+    - ``"noise_floor"``: above ``noise_factor`` times what noise alone would make of it, judged by the distances of
+      the rows from each other;
+    - ``"threshold"``: above :math:`\gamma \sigma_0^2`, ``gamma`` and ``sigma0``, for who knows how much honest
+      gradients scatter;
+    - ``"agnostic"``: always; of all weights on the way that leave at least 1 − 2f/n of the mass, those with the
+      smallest λ are taken. The other two end there as well if λ has not become small before.
+
+    An attack that stays under the noise floor is not seen, and moves the result by no more than about the standard
+    error of the honest mean. With f = 0 it is the mean.
+
+    Cost: one Gram matrix, n²d multiplications, and usually two to five eigenproblems of size n.
+
+    Args:
+        num_byzantine: How many of the workers may be faulty [f].
+        stop: When λ is small enough.
+        sigma0: Standard deviation of honest gradients in their worst direction [σ₀], for ``"threshold"``.
+        gamma: Factor by which λ may exceed σ₀² [γ], for ``"threshold"``.
+        noise_factor: Factor by which λ may exceed the floor, for ``"noise_floor"``.
+        mode: ``"soft"`` takes mass in proportion to τ; ``"hard"`` takes all mass of rows with τ > U·max τ and none of
+            the others, U drawn anew from [0, 1].
+        worker_weights: Mass of each worker at the start, such as its batch size; all alike by default.
+        seed: Of U; the same on all ranks.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [10.0, 10.0]])
+        >>> SpectralFilter(1, stop="agnostic")(rows)
+        tensor([0.5054, 0.7703])
+
+    Reference:
+        Deepesh Data, Suhas Diggavi. Byzantine-Resilient SGD in High Dimensions on Heterogeneous Data. ISIT 2021.
+    """
+
+    def __init__(
+        self,
+        num_byzantine: int,
+        stop: Literal["noise_floor", "agnostic", "threshold"] = "noise_floor",
+        sigma0: float | None = None,
+        gamma: float = 9.0,
+        noise_factor: float = 3.0,
+        mode: Literal["soft", "hard"] = "soft",
+        worker_weights: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_byzantine)
+        self._weigh_workers(worker_weights)
+        stops, modes = ("noise_floor", "agnostic", "threshold"), ("soft", "hard")
+        expect(stop in stops, "stop", f"one of {', '.join(stops)}", stop, "The default suits most.")
+        expect(mode in modes, "mode", f"one of {', '.join(modes)}", mode, "The default suits most.")
+        _check_sigma0(stop, sigma0)
+        for name, factor in (("gamma", gamma), ("noise_factor", noise_factor)):
+            fits = is_finite_at_least(factor, 1.0)
+            expect(fits, name, "a number of at least 1", factor, "Below 1 honest rows are cut.")
+        self.stop, self.sigma0, self.gamma = stop, sigma0, gamma
+        self.noise_factor, self.mode = noise_factor, mode
+        self.draws = Draws(seed)
+        self._lambda: float | None = None
+
+    def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
+        """What the filter leaves of each row."""
+        masses = self._shares(len(gram))
+        uniform = self.draws.next_uniform() if self.mode == "hard" else None
+        floor = self._floor(gram, num_byzantine, float(masses.max()))
+        found = spectral_filter(gram, num_byzantine, floor, masses=masses, uniform=uniform)
+        self._lambda = found.top_eigenvalue
+        return found.weights
+
+    def _floor(self, gram: Tensor, num_byzantine: int, largest_weight: float) -> float | None:
+        if self.stop == "agnostic":
+            return None
+        if self.sigma0 is not None:
+            return self.gamma * self.sigma0**2
+        return self.noise_factor * noise_floor(gram, num_byzantine, largest_weight)
+
+    def _top_eigenvalue(self) -> float | None:
+        return self._lambda
+
+    def state_dict(self) -> dict[str, object]:
+        """The number of draws so far."""
+        return {"draws": self.draws.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on from a state.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self.draws.load_state_dict(cast("Mapping[str, int]", state["draws"]))
+
+
+def _check_sigma0(stop: str, sigma0: float | None) -> None:
+    if stop == "threshold":
+        remedy = "stop='noise_floor' needs no such number."
+        fits = sigma0 is not None and is_finite_at_least(sigma0, 0.0)
+        expect(fits, "sigma0", "a number that is not negative", sigma0, remedy)
+    elif sigma0 is not None:
+        warn_no_effect(f"sigma0 has no effect with stop={stop!r}.")
+
+
+class DnC(GramRule):
+    """Divide and conquer: the mean without the rows that reach farthest in the direction of largest spread.
+
+    Once, and by whole rows: ``filter_fraction`` · f of them. The spectral filter looks again after each removal, and
+    stops when nothing is left to remove.
+
+    Cost: one Gram matrix and one eigenproblem of size n.
+
+    Args:
+        num_byzantine: How many of the workers may be faulty [f].
+        filter_fraction: How many rows to remove for each faulty one [c].
+
+    Example:
+        >>> DnC(1)(torch.tensor([[1.0], [2.0], [3.0], [90.0]]))
+        tensor([2.])
+
+    Reference:
+        Virat Shejwalkar, Amir Houmansadr. Manipulating the Byzantine: Optimizing Model Poisoning Attacks and Defenses
+        for Federated Learning. NDSS 2021.
+    """
+
+    def __init__(self, num_byzantine: int, filter_fraction: float = 1.0) -> None:
+        super().__init__(num_byzantine)
+        fits = is_finite_at_least(filter_fraction, 0.0)
+        expect(
+            fits, "filter_fraction", "a number that is not negative", filter_fraction, "1 is usual."
+        )
+        self.filter_fraction = filter_fraction
+
+    def check(self, num_rows: int) -> None:
+        """Refuse to remove all rows."""
+        super().check(num_rows)
+        fits = self.filter_fraction * self.num_byzantine < num_rows
+        remedy = "It would remove every row."
+        expect(fits, "filter_fraction", f"less than {num_rows}/f", self.filter_fraction, remedy)
+
+    def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
+        """Alike for the rows that are left."""
+        n = len(gram)
+        weights = torch.full((n,), 1 / n, dtype=gram.dtype)
+        reach = largest_spread(gram, weights).projections
+        num_removed = int(self.filter_fraction * num_byzantine)
+        weights[reach.argsort(stable=True)[n - num_removed :]] = 0.0
+        return weights / weights.sum()

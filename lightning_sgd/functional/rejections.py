@@ -1,0 +1,114 @@
+"""Which workers a robust rule rejects, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SMALL_WEIGHT = 0.1
+"""Part of the median weight below which a worker counts as rejected."""
+FAR = 3.0
+"""Times the median distance from the result beyond which a worker counts as rejected."""
+
+
+def rejected(
+    num_workers: int,
+    dropped: Collection[int],
+    weights: Tensor | None,
+    distances: Tensor | None,
+) -> list[bool] | None:
+    """For each worker, whether a rule rejected it in a step; ``None`` if that cannot be known.
+
+    Rejected is who was dropped; else who has less than a tenth of the median weight; else, where half of the workers
+    have no weight at all, as with Krum, or weights do not exist, who is more than three times as far from the result as
+    the median worker.
+
+    Args:
+        num_workers: How many there are [N].
+        dropped: Numbers of those whose rows were dropped.
+        weights: Share of each in the result, of shape (N,).
+        distances: Of each from the result, of shape (N,); NaN of those whose rows are not finite.
+
+    Example:
+        >>> rejected(4, [], torch.tensor([0.3, 0.4, 0.3, 0.0]), None)
+        [False, False, False, True]
+        >>> rejected(4, [1], None, torch.tensor([1.0, torch.nan, 1.5, 90.0]))
+        [False, True, False, True]
+    """
+    flags = [worker in dropped for worker in range(num_workers)]
+    others = [worker for worker in range(num_workers) if not flags[worker]]
+    is_telling = weights is not None and float(weights[others].median()) > 0
+    if weights is not None and is_telling:
+        suspects = weights < SMALL_WEIGHT * weights[others].median()
+    elif distances is not None:
+        suspects = distances > FAR * distances[others].nanmedian()
+    else:
+        return flags if dropped else None
+    return [flag or bool(suspect) for flag, suspect in zip(flags, suspects, strict=True)]
+
+
+def by_rank(values: Sequence[float], num_ranks: int) -> list[float]:
+    """Means over the workers of each rank.
+
+    Args:
+        values: One per worker, rank by rank.
+        num_ranks: Number of ranks.
+
+    Example:
+        >>> by_rank([1.0, 0.0, 1.0, 1.0], num_ranks=2)
+        [0.5, 1.0]
+    """
+    each = len(values) // num_ranks
+    return [sum(values[rank * each : (rank + 1) * each]) / each for rank in range(num_ranks)]
+
+
+@dataclass
+class RejectionTally:
+    """How often each worker was rejected, in all and lately.
+
+    Attributes:
+        horizon: Number of steps that count as lately, the older the less.
+        num_steps: Steps in which it could be known.
+        counts: Of rejections, by worker.
+        recent: Share of steps lately, by worker.
+    """
+
+    horizon: int
+    num_steps: int = 0
+    counts: list[float] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+
+    def add(self, flags: Sequence[float]) -> None:
+        """Take note of one step; of another number of workers than before it is the first one.
+
+        Args:
+            flags: For each worker, 1 if it was rejected; parts if only some of its gradients were.
+        """
+        if len(flags) != len(self.counts):
+            self.num_steps, self.counts = 0, [0.0] * len(flags)
+            self.recent = [0.0] * len(flags)
+        self.num_steps += 1
+        share = 1 / min(self.num_steps, self.horizon)
+        self.counts = [count + flag for count, flag in zip(self.counts, flags, strict=True)]
+        self.recent = [
+            old + share * (flag - old) for old, flag in zip(self.recent, flags, strict=True)
+        ]
+
+    def shares(self) -> list[float]:
+        """Share of all steps in which each worker was rejected."""
+        return [count / max(self.num_steps, 1) for count in self.counts]
+
+    def suspects(self, share: float) -> list[int]:
+        """Workers that are rejected lately in so many steps, and twice as often as the median worker.
+
+        Args:
+            share: Of steps.
+        """
+        if self.num_steps < self.horizon or not self.recent:
+            return []
+        usual = float(torch.tensor(self.recent).median())
+        enough = max(share, min(2 * usual, 1.0))
+        return [worker for worker, rate in enumerate(self.recent) if rate >= enough > usual]

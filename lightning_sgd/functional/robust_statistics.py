@@ -1,0 +1,102 @@
+"""What several ranks say of one thing, combined so that a few wrong ones do not matter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**18
+"""Columns at a time."""
+
+Said = TypeVar("Said", bound=Hashable)
+
+
+def finite_median(rows: Tensor) -> Tensor:
+    """Median of the finite numbers of each column, the mean of the two in the middle where there are two.
+
+    Args:
+        rows: What each rank says, of shape (n, …).
+
+    Returns:
+        Tensor of shape (…), NaN where no number is finite.
+
+    Example:
+        >>> finite_median(torch.tensor([[1.0, 1.0], [2.0, torch.nan], [4.0, 5.0], [torch.inf, 9.0]]))
+        tensor([2., 5.])
+    """
+    flat = rows.reshape(len(rows), -1)
+    flat = flat.where(flat.isfinite(), torch.nan)
+    parts = [part.nanquantile(0.5, dim=0) for part in torch.split(flat, BLOCK, dim=1)]
+    return torch.cat(parts).view(rows.shape[1:])
+
+
+def most_frequent(rows: Tensor) -> Tensor:
+    """What most ranks say in each column, of equally frequent ones the smallest.
+
+    Args:
+        rows: What each rank says, of shape (n, …), integers.
+
+    Example:
+        >>> most_frequent(torch.tensor([[3, 1], [3, 2], [9, 3]]))
+        tensor([3, 1])
+    """
+    values: Tensor = rows.mode(dim=0).values
+    return values
+
+
+def is_majority(votes: Sequence[bool]) -> bool:
+    """Whether more than half say yes.
+
+    Args:
+        votes: One per rank.
+
+    Example:
+        >>> is_majority([True, True, False]), is_majority([True, False])
+        (True, False)
+    """
+    return 2 * sum(votes) > len(votes)
+
+
+def majority(said: Sequence[Said]) -> Said | None:
+    """What more than half say; ``None`` if there is no such thing.
+
+    Args:
+        said: One per rank.
+
+    Example:
+        >>> majority(["a", "b", "a"]), majority(["a", "b"])
+        ('a', None)
+    """
+    value, count = Counter(said).most_common(1)[0]
+    return value if 2 * count > len(said) else None
+
+
+def worker_momentum(momentum: Tensor, gradient: Tensor, beta: float) -> Tensor:
+    r"""Advance each worker's momentum in place, :math:`m \leftarrow \beta m + (1 - \beta) g`, and return it.
+
+    A gradient that is not finite leaves the momentum of its worker as it was, and is returned in its place: a single
+    overflow would stay in the momentum for good.
+
+    Args:
+        momentum: Of shape (k, d).
+        gradient: Of the same shape.
+        beta: Share of the past [β].
+
+    Example:
+        >>> momentum = torch.tensor([[1.0], [1.0]])
+        >>> worker_momentum(momentum, torch.tensor([[2.0], [torch.inf]]), beta=0.9)
+        tensor([[1.1000],
+                [   inf]])
+        >>> momentum
+        tensor([[1.1000],
+                [1.0000]])
+    """
+    finite = torch.stack([row.isfinite().all() for row in gradient])[:, None]
+    if bool(finite.all()):
+        return momentum.lerp_(gradient, 1 - beta)
+    momentum.copy_(torch.where(finite, momentum.lerp(gradient, 1 - beta), momentum))
+    return torch.where(finite, momentum, gradient)
