@@ -26,6 +26,7 @@ from lightning_sgd.functional.stacked_rows import (
     check_rows,
     column_blocks,
     combine,
+    empty_rows,
     median_row,
     row_gram,
     squared_row_norms,
@@ -72,7 +73,7 @@ class Aggregator(ABC):
     def __init__(self, num_byzantine: int) -> None:
         remedy = "It is the number of workers that may be faulty."
         is_count = isinstance(num_byzantine, int) and num_byzantine >= 0
-        expect(is_count, "num_byzantine", "a count", num_byzantine, remedy)
+        expect(is_count, "num_byzantine", "a whole number from 0", num_byzantine, remedy)
         self.num_byzantine = num_byzantine
         self.worker_weights: tuple[float, ...] | None = None
         self.report = AggregationReport()
@@ -113,7 +114,7 @@ class Aggregator(ABC):
         matrix = (
             self.mixing(row_gram(rows, self.reference), num_byzantine) if self.needs_gram else None
         )
-        result = torch.empty_like(rows[0])
+        result = empty_rows(1, rows)[0]
         for columns, block in column_blocks(rows, BLOCK):
             mixed = block if matrix is None else combine(matrix, block)
             result[columns] = self.reduce(mixed, num_byzantine)
