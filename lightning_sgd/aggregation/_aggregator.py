@@ -26,7 +26,6 @@ from lightning_sgd.functional.stacked_rows import (
     check_rows,
     column_blocks,
     combine,
-    empty_rows,
     median_row,
     row_gram,
     squared_row_norms,
@@ -114,7 +113,7 @@ class Aggregator(ABC):
         matrix = (
             self.mixing(row_gram(rows, self.reference), num_byzantine) if self.needs_gram else None
         )
-        result = empty_rows(1, rows)[0]
+        result = torch.empty_like(rows[0])
         for columns, block in column_blocks(rows, BLOCK):
             mixed = block if matrix is None else combine(matrix, block)
             result[columns] = self.reduce(mixed, num_byzantine)

@@ -16,7 +16,6 @@ from lightning_sgd.functional.stacked_rows import (
     check_rows,
     column_blocks,
     combine,
-    empty_rows,
     median_row,
     row_gram,
     squared_distances,
@@ -62,7 +61,7 @@ class PreAggregator(ABC):
         """
         rows = check_rows(rows)
         matrix = self.matrix(self._gram(rows), num_byzantine)
-        result = empty_rows(len(matrix), rows)
+        result = rows[0].new_empty(len(matrix), rows[0].numel())
         for columns, block in column_blocks(rows):
             if block.dtype == result.dtype:
                 combine(matrix, block, out=result[:, columns])

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,26 +171,6 @@ def combine(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
 def _product(matrix: Tensor, block: Tensor, out: Tensor | None) -> Tensor:
     with full_precision():
         return torch.mm(matrix.to(block.device, block.dtype), block, out=out)
-
-
-def empty_rows(num_rows: int, rows: Rows) -> Tensor:
-    """Memory for so many rows of the length, type and device of these, of shape (num_rows, d); it holds anything.
-
-    Args:
-        num_rows: Number of rows.
-        rows: Matrix of shape (n, d), or n vectors of length d.
-
-    Example:
-        >>> empty_rows(2, torch.ones(5, 3, dtype=torch.bfloat16)).shape
-        torch.Size([2, 3])
-    """
-    first = rows[0]
-    shape = (num_rows, first.numel())
-    num_bytes = num_rows * first.numel() * first.element_size()
-    if first.device.type != "cpu" or num_bytes < 2**22:
-        return first.new_empty(shape)
-    # NumPy asks for huge pages and torch does not: four times as fast at the first touch.
-    return torch.from_numpy(np.empty(num_bytes, np.uint8)).view(first.dtype).view(shape)
 
 
 def squared_distances(gram: Tensor) -> Tensor:

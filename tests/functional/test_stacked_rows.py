@@ -10,7 +10,6 @@ from lightning_sgd.functional.stacked_rows import (
     check_rows,
     column_blocks,
     combine,
-    empty_rows,
     row_gram,
     squared_distances,
     squared_row_norms,
@@ -125,13 +124,3 @@ def test_training_under_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(row_gram(rows, 0), expected[0])
         assert torch.equal(combine(torch.eye(5, dtype=torch.float64), rows), expected[1])
-
-
-@pytest.mark.parametrize("width", [3, 2_000_000])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_memory_for_rows_is_that_of_a_tensor(width, dtype, tmp_path):
-    rows = empty_rows(2, torch.ones(3, width, dtype=dtype))
-    assert (rows.shape, rows.dtype, rows.is_contiguous()) == ((2, width), dtype, True)
-    rows.fill_(1.5)
-    torch.save(rows[1], tmp_path / "row")
-    assert torch.equal(torch.load(tmp_path / "row"), rows[0])
