@@ -72,7 +72,7 @@ class Aggregator(ABC):
     def __init__(self, num_byzantine: int) -> None:
         remedy = "It is the number of workers that may be faulty."
         is_count = isinstance(num_byzantine, int) and num_byzantine >= 0
-        expect(is_count, "num_byzantine", "a count", num_byzantine, remedy)
+        expect(is_count, "num_byzantine", "a whole number from 0", num_byzantine, remedy)
         self.num_byzantine = num_byzantine
         self.worker_weights: tuple[float, ...] | None = None
         self.report = AggregationReport()
