@@ -45,7 +45,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
     derive the same weights; rank i combines its part and sends it to all. All replicas stay equal, bit by bit.
 
     Cost per rank and step: as many bytes as a ring all-reduce, one pass over the gradients for norms, one for
-    n × n inner products, and a copy of the gradient twice; n copies of nothing.
+    n × n inner products; three copies of the gradient in memory, whatever n is, and one momentum per worker.
 
     Args:
         aggregator: The rule: a name such as ``filter``, ``nnm+trmean`` or ``krum``, or an object.

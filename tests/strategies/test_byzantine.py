@@ -641,7 +641,7 @@ def test_it_says_what_it_does():
     [
         ({"aggregator": "nonsense"}, "Rules are mean"),
         ({"aggregator": Mean(2), "num_byzantine": 1}, "Give it once"),
-        ({"num_byzantine": -1}, "a whole number that is not negative"),
+        ({"num_byzantine": -1}, "a whole number from 0"),
         ({"worker_momentum": 1.0}, r"Expected `worker_momentum` to be in \[0, 1\), got 1.0"),
         ({"workers": "threads"}, "Expected `workers` to be one of rank, micro_batch, both"),
         ({"nonfinite": "keep"}, "Expected `nonfinite` to be 'drop' or 'raise'"),
