@@ -3,11 +3,13 @@
 from lightning_sgd.callbacks.communication_monitor import CommunicationMonitor
 from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor
 from lightning_sgd.callbacks.rank_monitor import RankMonitor
+from lightning_sgd.callbacks.tail_index_monitor import TailIndexMonitor
 from lightning_sgd.callbacks.trajectory_regularization import TrajectoryRegularization
 
 __all__ = [
     "CommunicationMonitor",
     "GradientErrorMonitor",
     "RankMonitor",
+    "TailIndexMonitor",
     "TrajectoryRegularization",
 ]

@@ -11,6 +11,7 @@ from lightning_sgd.callbacks import (
     CommunicationMonitor,
     GradientErrorMonitor,
     RankMonitor,
+    TailIndexMonitor,
     TrajectoryRegularization,
 )
 from lightning_sgd.data.digits import DigitsDataModule
@@ -102,6 +103,7 @@ __all__ = [
     "StepBound",
     "TRAdam",
     "TailIndex",
+    "TailIndexMonitor",
     "TailIndexResult",
     "Topology",
     "Torus",

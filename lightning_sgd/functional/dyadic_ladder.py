@@ -90,7 +90,7 @@ def pooled_sums(samples: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
     flat = samples.detach().flatten()
     whole = flat.numel() >> levels << levels
     sums = LadderSums.empty(levels, flat.device)
-    for chunk in flat[:whole].split(max(CHUNK, 1 << levels)) if whole else ():
+    for chunk in torch.split(flat[:whole], max(CHUNK, 1 << levels)) if whole else ():
         sums = sums + _pooled_chunk(chunk.double(), levels)
     return sums, flat[whole:]
 
@@ -121,7 +121,7 @@ def coordinate_sums(rows: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
         levels: Number of doublings.
     """
     whole = len(rows) >> levels << levels
-    values = rows.detach()[:whole].double().unflatten(0, (-1, 1 << levels))
+    values = rows.detach()[:whole].double().reshape(-1, 1 << levels, rows.shape[1])
     means, alive = [], torch.ones((), dtype=torch.bool, device=rows.device)
     num_zeros = int((values == 0).sum())
     for level in range(levels + 1):

@@ -187,10 +187,21 @@ def _logs(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(nonzero, values, 1.0).abs().log(), nonzero
 
 
+def largest_divisor(num: int) -> int:
+    """The largest divisor up to the square root, which the paper takes for the length of its sums.
+
+    Args:
+        num: Number of samples.
+
+    Example:
+        >>> largest_divisor(1200), largest_divisor(1201)
+        (30, 1)
+    """
+    return next((k for k in range(math.isqrt(num), 1, -1) if num % k == 0), 1)
+
+
 def _block_length(num: int, wanted: int | Literal["sqrt"]) -> int:
-    if wanted == "sqrt":
-        root = math.isqrt(num)
-        wanted = next((k for k in range(root, 1, -1) if num % k == 0), 0)
+    length = largest_divisor(num) if wanted == "sqrt" else wanted
     remedy = "Leave some samples out if their number has no such divisor, or give a block length."
-    expect(2 <= wanted <= num, "block_length", f"between 2 and the {num} samples", wanted, remedy)
-    return wanted
+    expect(2 <= length <= num, "block_length", f"between 2 and the {num} samples", length, remedy)
+    return length

@@ -209,6 +209,12 @@ def test_centring_by_the_mean_of_the_same_batches_looks_light(M, expected):
     assert dyadic_tail_index(differences, dim=0).alpha == pytest.approx(2, rel=0.03)
 
 
+def test_sparse_samples_look_light():
+    # Half zeros: of the sums of two that do not vanish a third has variance 2, so 1/α = (½ ln 2 / 3) / ln 2.
+    x = normal(10**6) * (torch.rand(10**6, generator=generator(1)) < 0.5)
+    assert dyadic_tail_index(x).profile[0] == pytest.approx(6, rel=0.03)
+
+
 def test_heavy_but_not_stable_is_not_called_stable():
     rng = np.random.default_rng(0)
     laws = {
