@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,10 +37,9 @@ class Result:
     Attributes:
         dtype: Type of the samples.
         name: The candidate.
-        seconds: Median time.
+        seconds: Median CPU time.
         faster: Median over rounds of the transcription's time relative to this one's in the same round.
         alpha: The index that it finds; the truth is 1.5.
-        peak_megabytes: How much the largest memory use of the process has grown by then.
         rounds: Number of rounds.
     """
 
@@ -50,7 +48,6 @@ class Result:
     seconds: float
     faster: float
     alpha: float
-    peak_megabytes: float
     rounds: int
 
 
@@ -69,16 +66,11 @@ def ladder(chunks: Sequence[Tensor]) -> float:
     return dyadic_tail_index(iter(chunks)).alpha
 
 
-def peak() -> float:
-    """Largest memory use of the process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def seconds_of(call: Callable[[], float]) -> tuple[float, float]:
-    """Wall time of one call, and what it returns."""
-    start = time.perf_counter()
+    """CPU time of one call, which other processes disturb less than wall time, and what it returns."""
+    start = time.process_time()
     value = call()
-    return time.perf_counter() - start, value
+    return time.process_time() - start, value
 
 
 def compare(num: int, dtype: torch.dtype, rounds: int) -> list[Result]:
@@ -88,9 +80,6 @@ def compare(num: int, dtype: torch.dtype, rounds: int) -> list[Result]:
     )
     repeats = max(1, num // len(part))
     calls: dict[str, Callable[[], float]] = {"ladder, in chunks": lambda: ladder([part] * repeats)}
-    begin = peak()
-    calls["ladder, in chunks"]()
-    grown = {"ladder, in chunks": peak() - begin}
     whole = np.tile(part.numpy(), repeats)
     calls["paper, NumPy"] = lambda: paper(whole)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -99,7 +88,6 @@ def compare(num: int, dtype: torch.dtype, rounds: int) -> list[Result]:
         for name, call in calls.items():
             taken, found[name] = seconds_of(call)
             times[name].append(taken)
-    grown["paper, NumPy"] = peak() - begin
     return [
         Result(
             str(dtype).removeprefix("torch."),
@@ -107,7 +95,6 @@ def compare(num: int, dtype: torch.dtype, rounds: int) -> list[Result]:
             statistics.median(taken),
             statistics.median(map(truediv, times["paper, NumPy"], taken)),
             found[name],
-            grown[name],
             rounds,
         )
         for name, taken in times.items()
@@ -119,11 +106,11 @@ def as_table(results: Sequence[Result]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("samples")
     table.add_column("estimator")
-    for header in ("s", "× NumPy", "α", "MB more"):
+    for header in ("s", "× NumPy", "α"):
         table.add_column(header, justify="right")
     for result in results:
         numbers = (f"{result.seconds:.2f}", f"{result.faster:.1f}", f"{result.alpha:.3f}")
-        table.add_row(result.dtype, result.name, *numbers, f"{result.peak_megabytes:.0f}")
+        table.add_row(result.dtype, result.name, *numbers)
     return table
 
 

@@ -8,6 +8,7 @@ the spread of any combination of the :math:`m_j` follows; both add up over chunk
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class LadderSums:
 def pooled_sums(samples: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
     """Sums over the complete blocks of one long sequence, and the samples that are left over.
 
-    Cost: about 5 ns per sample on one CPU core. In a first try the magnitudes are multiplied in groups of 16 before
+    Cost: about 4 ns per sample on one CPU core. In a first try the magnitudes are multiplied in groups of 16 before
     logarithms are taken; where a product leaves the range of float64, each one gets a logarithm of its own.
 
     Args:
@@ -90,8 +91,11 @@ def pooled_sums(samples: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
     flat = samples.detach().flatten()
     whole = flat.numel() >> levels << levels
     sums = LadderSums.empty(levels, flat.device)
-    for chunk in torch.split(flat[:whole], max(CHUNK, 1 << levels)) if whole else ():
-        sums = sums + _pooled_chunk(chunk.double(), levels)
+    size = min(whole, max(CHUNK, 1 << levels))
+    # Memory that is used again costs no page faults, which would take longer than the arithmetic.
+    memory = torch.empty(2, size, dtype=torch.float64, device=flat.device)
+    for chunk in torch.split(flat[:whole], size) if whole else ():
+        sums = sums + _pooled_chunk(chunk, levels, memory)
     return sums, flat[whole:]
 
 
@@ -139,11 +143,13 @@ def coordinate_sums(rows: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
     return sums, rows[whole:]
 
 
-def _pooled_chunk(values: Tensor, levels: int) -> LadderSums:
-    """Sums over the blocks of a chunk that holds complete ones only."""
-    num_blocks = values.numel() >> levels
+def _pooled_chunk(chunk: Tensor, levels: int, memory: Tensor) -> LadderSums:
+    """Sums over the blocks of a chunk that holds complete ones only; the memory has room for two chunks."""
+    num_samples, num_zeros = chunk.numel(), 0
+    num_blocks = num_samples >> levels
+    values, other = memory.unbind()
+    values = values[:num_samples].copy_(chunk)
     logs, counts = [], []
-    num_samples, num_zeros = values.numel(), 0
     for level in range(levels + 1):
         log_sum, count = _log_sums(values.view(num_blocks, -1))
         logs.append(log_sum)
@@ -151,7 +157,8 @@ def _pooled_chunk(values: Tensor, levels: int) -> LadderSums:
         if level == 0:
             num_zeros = num_samples - int(count.sum())
         if level < levels:
-            values = values[0::2] + values[1::2]
+            half = other[: values.numel() // 2]
+            values, other = torch.add(values[0::2], values[1::2], out=half), values
     table, numbers = torch.stack(logs, dim=1), torch.stack(counts, dim=1)
     return LadderSums.of_blocks(table, numbers, num_samples, num_zeros)
 
@@ -170,12 +177,9 @@ def _log_sums(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_of_products(values: Tensor) -> Tensor | None:
     """Σ ln|v| as Σ ln|Πv| of each row; ``None`` if a product is zero, rounded to a subnormal, or not finite."""
-    group = 1
-    while group < PRODUCT and values.shape[1] % 2 == 0:
-        half = values.shape[1] // 2
-        values = values[:, :half] * values[:, half:]
-        group *= 2
-    values = values.abs()
+    num_rows, width = values.shape
+    group = math.gcd(width, PRODUCT)
+    values = values.view(num_rows, width // group, group).prod(dim=2).abs()
     smallest, largest = values.aminmax()
     range_ = torch.finfo(values.dtype)
     if not (float(smallest) >= range_.tiny and float(largest) <= range_.max):  # false for NaN, too
