@@ -90,7 +90,7 @@ def dedh_tail_index(samples: Tensor, num_largest: int) -> float:
 
     Example:
         >>> round(dedh_tail_index(torch.tensor([8.0, -4.0, 2.0, 1.0]), 2), 4)
-        -0.2562
+        -0.3378
     """
     logs = _log_excesses(samples, num_largest)
     first, second = float(logs.mean()), float(logs.square().mean())
@@ -111,8 +111,8 @@ def mcculloch_tail_index(samples: Tensor) -> float:
         ValueError: If there are fewer than 20 samples.
 
     Example:
-        >>> round(mcculloch_tail_index(torch.linspace(-1.4, 1.4, 999).tan()), 2)
-        1.14
+        >>> round(mcculloch_tail_index(torch.linspace(-1.57, 1.57, 999).tan()), 2)  # Cauchy
+        1.0
     """
     flat = samples.detach().flatten().double().sort().values
     expect(len(flat) >= 20, "samples", "at least 20 numbers", len(flat), "Quantiles need more.")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from support.processes import run_ranks
 from support.training import Regression, TwoOptimizers, batches, loss_of, trainer
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -123,6 +124,26 @@ def test_coordinates_are_spread_over_all_parameters(num):
     assert (parts[1] >= 100).all()
     assert parts[2].tolist() == [200.0]
     assert torch.equal(values, Coordinates(sizes, num, seed=0).of(tensors))
+
+
+class First(Callback):
+    """Keeps the sample of the first look."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.sample = trainer.callbacks[0].collector.sample(trainer, pl_module)
+
+
+def test_a_grad_scaler_is_left_alone_and_leaves_no_scale(tmp_path):
+    samples, scales = [], []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)):
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if scaler else None
+        keep = First()
+        run = trainer(tmp_path, callbacks=[watch(), keep], plugins=plugins, max_epochs=1)
+        run.fit(Regression(SGD), batches())
+        samples.append(keep.sample.rows)
+        scales.append(scaler and scaler.get_scale())
+    assert scales == [None, 2.0**10]
+    torch.testing.assert_close(samples[1], samples[0], rtol=0.05, atol=0.01)
 
 
 # Sharing and ranks
