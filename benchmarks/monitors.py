@@ -31,6 +31,7 @@ from lightning_sgd import (
     GradientErrorMonitor,
     MaSS,
     RankMonitor,
+    TailIndexMonitor,
 )
 
 HOOKS = (
@@ -46,6 +47,7 @@ MONITORS: dict[str, Callable[[], Callback]] = {
     "RankMonitor, with bound": lambda: RankMonitor(save_figure=False, log_bound=True),
     "GradientErrorMonitor, bf16": GradientErrorMonitor,
     "GradientErrorMonitor, topk": lambda: GradientErrorMonitor("topk"),
+    "TailIndexMonitor": lambda: TailIndexMonitor(save_figure=False),
 }
 
 

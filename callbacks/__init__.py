@@ -4,6 +4,7 @@ from lightning_sgd.callbacks.byzantine_monitor import ByzantineMonitor
 from lightning_sgd.callbacks.communication_monitor import CommunicationMonitor
 from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor
 from lightning_sgd.callbacks.rank_monitor import RankMonitor
+from lightning_sgd.callbacks.tail_index_monitor import TailIndexMonitor
 from lightning_sgd.callbacks.trajectory_regularization import TrajectoryRegularization
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "CommunicationMonitor",
     "GradientErrorMonitor",
     "RankMonitor",
+    "TailIndexMonitor",
     "TrajectoryRegularization",
 ]

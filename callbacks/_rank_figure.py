@@ -42,29 +42,33 @@ def draw_heat_map(title: str, names: Sequence[str], times: Sequence[int], shares
     return figure
 
 
-def publish(figure: Figure, folder: Path, trainer: Trainer) -> Path:
+def publish(
+    figure: Figure, folder: Path, trainer: Trainer, stem: str = STEM, key: str = "rank/heat_map"
+) -> Path:
     """Save a figure as PNG and SVG, and hand it to the loggers that take figures.
 
     Args:
         figure: The heat map.
         folder: Where the files go.
         trainer: Knows the loggers.
+        stem: Name of the files.
+        key: Name of the figure in a logger.
 
     Returns:
         The path of the PNG.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{STEM}.png"
+    path = folder / f"{stem}.png"
     figure.savefig(path, dpi=150)
     figure.savefig(path.with_suffix(".svg"))
     for logger in trainer.loggers:
-        _hand_over(figure, logger, path, trainer.global_step)
+        _hand_over(figure, logger, path, trainer.global_step, key)
     return path
 
 
-def _hand_over(figure: Figure, logger: Logger, path: Path, step: int) -> None:
+def _hand_over(figure: Figure, logger: Logger, path: Path, step: int, key: str) -> None:
     add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
     if add_figure is not None:  # TensorBoard
-        add_figure("rank/heat_map", figure, step)
+        add_figure(key, figure, step)
     elif hasattr(logger, "log_image"):  # Weights & Biases, Comet
-        logger.log_image("rank/heat_map", [str(path)], step=step)
+        logger.log_image(key, [str(path)], step=step)

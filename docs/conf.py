@@ -45,7 +45,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|lightning|torchmetrics|numpy|collections|typing)(\..*)?"),
     (
         r"py:.*",
-        r"(Any|DataLoader|Dataset|LightningModule|Optimizer|ParamsT|T_co|Tensor|Trainer|optional)",
+        r"(Any|DataLoader|Dataset|Figure|LightningModule|Optimizer|ParamsT|T_co|Tensor|Trainer|optional)",
     ),
     (r"py:.*", r"(BufferRule|Workers|lightning_sgd\.strategies\._sharded_rule\.StepReport)"),
     (r"py:.*", r"(BufferPolicy|OptimizerStatePolicy|InitialWeights|StartMethod|timedelta)"),
@@ -53,7 +53,7 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(StepForm|Theorem|Assumption|Branch|Compressor|CompressorName|SupportsErrorModel)",
     ),
-    (r"py:.*", r"(InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod)"),
+    (r"py:.*", r"(InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod|Verdict)"),
     (r"py:.*", r"(_AX_TYPE|_PLOT_OUT_TYPE|lightning_sgd\.functional\.hogwild\.DiminishingSteps)"),
 ]
 

@@ -54,6 +54,7 @@ from lightning_sgd.callbacks import (
     CommunicationMonitor,
     GradientErrorMonitor,
     RankMonitor,
+    TailIndexMonitor,
     TrajectoryRegularization,
 )
 from lightning_sgd.data.digits import DigitsDataModule
@@ -83,6 +84,19 @@ from lightning_sgd.functional.mass_theory import (
 from lightning_sgd.functional.mixing import Mixing
 from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
+from lightning_sgd.functional.stable_law import sample_stable
+from lightning_sgd.functional.tail_estimators import (
+    dedh_tail_index,
+    ecf_tail_index,
+    hill_tail_index,
+    mcculloch_tail_index,
+    pickands_tail_index,
+)
+from lightning_sgd.functional.tail_index import (
+    TailIndexResult,
+    dyadic_tail_index,
+    log_moment_tail_index,
+)
 from lightning_sgd.functional.topologies import (
     Complete,
     Exponential,
@@ -94,7 +108,7 @@ from lightning_sgd.functional.topologies import (
     Torus,
 )
 from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
-from lightning_sgd.metrics import RankMe, WeightRank
+from lightning_sgd.metrics import RankMe, TailIndex, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
 from lightning_sgd.strategies import (
@@ -176,6 +190,9 @@ __all__ = [
     "SpectralFilter",
     "StepBound",
     "TRAdam",
+    "TailIndex",
+    "TailIndexMonitor",
+    "TailIndexResult",
     "Topology",
     "Torus",
     "TrajectoryRegularization",
@@ -187,14 +204,22 @@ __all__ = [
     "biased_sgd_sdp",
     "biased_sgd_step_bound",
     "critical_batch_sizes",
+    "dedh_tail_index",
     "diminishing_bound",
+    "dyadic_tail_index",
+    "ecf_tail_index",
     "effective_batch_size",
     "estimate_condition_numbers",
     "fit_error_model",
     "get_aggregator",
+    "hill_tail_index",
+    "log_moment_tail_index",
     "mass_hyperparameters",
     "max_relative_error",
+    "mcculloch_tail_index",
     "optimal_step",
     "partition_by_label",
+    "pickands_tail_index",
+    "sample_stable",
     "spectral_stats",
 ]

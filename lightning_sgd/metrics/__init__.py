@@ -1,6 +1,7 @@
 """torchmetrics ``Metric`` classes, one per file."""
 
 from lightning_sgd.metrics.rank_me import RankMe
+from lightning_sgd.metrics.tail_index import TailIndex
 from lightning_sgd.metrics.weight_rank import WeightRank
 
-__all__ = ["RankMe", "WeightRank"]
+__all__ = ["RankMe", "TailIndex", "WeightRank"]

@@ -1,0 +1,102 @@
+"""Several gradients at one point, in some of their coordinates, and the noise in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GradientSample:
+    """Gradients of different batches at the same weights.
+
+    Attributes:
+        rows: One gradient in each row, unscaled, shape (m, s).
+        batch_size: Samples behind one row.
+        layers: Which columns belong to which parameter.
+        step: Optimizer steps that led to the weights.
+    """
+
+    rows: Tensor
+    batch_size: int
+    layers: Mapping[str, slice]
+    step: int
+
+    @property
+    def noise(self) -> Tensor:
+        """Rows less their mean, times √(m/(m − 1)), so that variances are right; rows depend on each other."""
+        num = len(self.rows)
+        return (self.rows - self.rows.mean(dim=0)) * math.sqrt(num / max(num - 1, 1))
+
+    @property
+    def differences(self) -> Tensor:
+        """Of disjoint pairs of rows, over √2: half as many, independent, symmetric and of the same variance."""
+        pairs = self.rows[: len(self.rows) // 2 * 2]
+        return (pairs[0::2] - pairs[1::2]) / math.sqrt(2)
+
+    def finite(self) -> GradientSample:
+        """The same without the rows that overflowed."""
+        rows = self.rows[self.rows.isfinite().all(dim=1)]
+        return GradientSample(rows, self.batch_size, self.layers, self.step)
+
+
+class Coordinates:
+    """A fixed subset of the coordinates of all parameters, spread evenly over each of them.
+
+    A parameter gets its share of the coordinates, at least one; in each of as many equal parts of it one is drawn.
+
+    Args:
+        sizes: Number of coordinates by parameter.
+        num_coordinates: How many to take in all, about; ``None`` for all.
+        seed: Decides which.
+
+    Example:
+        >>> coordinates = Coordinates({"weight": 12, "bias": 3}, num_coordinates=5, seed=0)
+        >>> coordinates.layers
+        {'weight': slice(0, 4, None), 'bias': slice(4, 5, None)}
+        >>> coordinates.of([torch.arange(12.0).view(3, 4), torch.zeros(3)]).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, sizes: Mapping[str, int], num_coordinates: int | None, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        share = 1.0 if num_coordinates is None else num_coordinates / max(sum(sizes.values()), 1)
+        self.indices: list[Tensor | None] = []
+        self.layers: dict[str, slice] = {}
+        begin = 0
+        for name, size in sizes.items():
+            num = size if share >= 1 else min(size, max(1, round(share * size)))
+            whole = num == size
+            self.indices.append(None if whole else _one_in_each_part(size, num, generator))
+            self.layers[name] = slice(begin, begin + num)
+            begin += num
+        self.num_coordinates = begin
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The values at these coordinates, shape (s,).
+
+        Args:
+            tensors: One for each parameter, in order.
+        """
+        parts = [
+            tensor.detach().flatten() if index is None else _take(tensor, index)
+            for tensor, index in zip(tensors, self.indices, strict=True)
+        ]
+        wide = (
+            torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        )
+        return torch.cat([part.to(wide) for part in parts])
+
+
+def _one_in_each_part(size: int, num: int, generator: torch.Generator) -> Tensor:
+    places = torch.arange(num, dtype=torch.float64)
+    places = (places + torch.rand(num, dtype=torch.float64, generator=generator)) * (size / num)
+    return places.long().clamp(max=size - 1)
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    return tensor.detach().flatten()[index.to(tensor.device)]

@@ -1,0 +1,189 @@
+"""Other ways to a tail index: by the largest samples, by quantiles, and by the characteristic function.
+
+Estimators by the largest samples (Hill, Pickands, DEDH) find the exponent of any power law, but for a stable law only
+if few enough samples are taken, and nothing sensible for Gaussian ones. Those by quantiles and by the characteristic
+function suppose a symmetric stable law. None of them sees dependence between samples.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_sgd._validation import expect
+
+_QUANTILE_RATIOS = {
+    2.0: 2.4387,
+    1.9: 2.5128,
+    1.8: 2.6099,
+    1.7: 2.7394,
+    1.6: 2.9140,
+    1.5: 3.1498,
+    1.4: 3.4656,
+    1.3: 3.8865,
+    1.2: 4.4509,
+    1.1: 5.2229,
+    1.0: 6.3138,
+    0.9: 7.9285,
+    0.8: 10.479,
+}
+"""(q₉₅ − q₀₅)/(q₇₅ − q₂₅) of symmetric stable laws, by α."""
+
+
+def hill_tail_index(samples: Tensor, num_largest: int) -> float:
+    r"""Hill's estimator: :math:`k / \sum_{i\le k} \ln(X_{(i)}/X_{(k+1)})` with magnitudes in descending order.
+
+    For a stable law near α = 2 it is far too high unless k is tiny, because the power law begins far out.
+
+    Args:
+        samples: The samples, in any order.
+        num_largest: How many of the largest magnitudes to use [k].
+
+    Raises:
+        ValueError: If there are not k + 1 samples that are not zero.
+
+    Example:
+        >>> round(hill_tail_index(torch.tensor([8.0, -4.0, 2.0, 1.0]), 2), 4)  # 2 / (ln 4 + ln 2)
+        0.9618
+    """
+    return 1 / float(_log_excesses(samples, num_largest).mean())
+
+
+def pickands_tail_index(samples: Tensor, num_largest: int) -> float:
+    r"""Pickands' estimator by the magnitudes of ranks k, 2k and 4k; noisy, negative for light tails.
+
+    .. math:: \ln 2 \Big/ \ln\frac{X_{(k)} - X_{(2k)}}{X_{(2k)} - X_{(4k)}}
+
+    Args:
+        samples: The samples, in any order.
+        num_largest: Rank of the largest of the three magnitudes [k].
+
+    Raises:
+        ValueError: If there are not 4k samples that are not zero.
+
+    Example:
+        >>> pickands_tail_index(torch.tensor([7.0, -3.0, 2.0, 1.0]), 1)  # ln 2 / ln 2
+        1.0
+    """
+    top = _largest(samples, num_largest, 4 * num_largest)
+    first, second, fourth = (top[rank * num_largest - 1] for rank in (1, 2, 4))
+    return math.log(2) / float(((first - second) / (second - fourth)).log())
+
+
+def dedh_tail_index(samples: Tensor, num_largest: int) -> float:
+    r"""The moment estimator of Dekkers, Einmahl and de Haan, 1/γ, which also sees that a tail is light.
+
+    .. math:: \gamma = M_1 + 1 - \tfrac12 \big/ (1 - M_1^2/M_2)
+
+    where :math:`M_r` is the mean of :math:`(\ln X_{(i)}/X_{(k+1)})^r`. A negative index says that the tail is bounded,
+    an infinite one that it falls faster than any power.
+
+    Args:
+        samples: The samples, in any order.
+        num_largest: How many of the largest magnitudes to use [k].
+
+    Raises:
+        ValueError: If there are not k + 1 samples that are not zero.
+
+    Example:
+        >>> round(dedh_tail_index(torch.tensor([8.0, -4.0, 2.0, 1.0]), 2), 4)
+        -0.3378
+    """
+    logs = _log_excesses(samples, num_largest)
+    first, second = float(logs.mean()), float(logs.square().mean())
+    gap = 1 - first**2 / second if second else 0.0
+    gamma = first + 1 - 0.5 / gap if gap else -math.inf
+    return 1 / gamma if gamma else math.inf
+
+
+def mcculloch_tail_index(samples: Tensor) -> float:
+    """McCulloch's estimator: (q₉₅ − q₀₅)/(q₇₅ − q₂₅), looked up in its table for symmetric stable laws.
+
+    Between 0.8 and 2, where the table ends; sorts the samples.
+
+    Args:
+        samples: The samples, in any order.
+
+    Raises:
+        ValueError: If there are fewer than 20 samples.
+
+    Example:
+        >>> round(mcculloch_tail_index(torch.linspace(-1.57, 1.57, 999).tan()), 2)  # Cauchy
+        1.0
+    """
+    flat = samples.detach().flatten().double().sort().values
+    expect(len(flat) >= 20, "samples", "at least 20 numbers", len(flat), "Quantiles need more.")
+    q05, q25, q75, q95 = (_quantile(flat, q) for q in (0.05, 0.25, 0.75, 0.95))
+    if q75 == q25:
+        return math.nan
+    return _interpolate((q95 - q05) / (q75 - q25))
+
+
+def ecf_tail_index(samples: Tensor, arguments: tuple[float, float] = (0.2, 1.0)) -> float:
+    r"""Index from the empirical characteristic function φ of the samples over their median magnitude.
+
+    .. math:: \alpha = \ln\frac{\ln|\varphi(t_1)|}{\ln|\varphi(t_2)|} \Big/ \ln\frac{t_1}{t_2}
+
+    The best of these for samples that may be of any symmetric stable law.
+
+    Args:
+        samples: The samples, in any order.
+        arguments: Where φ is taken [t₁, t₂].
+
+    Raises:
+        ValueError: If the arguments are not two different positive numbers.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> round(ecf_tail_index(torch.randn(10**5, generator=generator)), 1)
+        2.0
+    """
+    first, second = arguments
+    is_pair = first > 0 and second > 0 and first != second
+    expect(is_pair, "arguments", "two different positive numbers", arguments, "Try (0.2, 1).")
+    flat = samples.detach().flatten().double()
+    scale = flat.abs().median()
+    decays = [
+        float(torch.exp(1j * t * flat / scale).mean().abs().log().neg()) for t in (first, second)
+    ]
+    if not min(decays) > 0:
+        return math.nan
+    return math.log(decays[0] / decays[1]) / math.log(first / second)
+
+
+def _log_excesses(samples: Tensor, num_largest: int) -> Tensor:
+    top = _largest(samples, num_largest, num_largest + 1)
+    return (top[:-1] / top[-1]).log()
+
+
+def _largest(samples: Tensor, num_largest: int, num_needed: int) -> Tensor:
+    """So many of the largest magnitudes, in descending order."""
+    magnitudes = samples.detach().flatten().double().abs()
+    magnitudes = magnitudes[magnitudes != 0]
+    expect(
+        num_largest >= 1 and num_needed <= len(magnitudes),
+        "num_largest",
+        f"at least 1 and small enough for {len(magnitudes)} samples that are not zero",
+        num_largest,
+        "Take about a hundredth of the samples.",
+    )
+    return magnitudes.topk(num_needed).values
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """Of sorted values, with linear interpolation; torch's own refuses more than 2²⁴ values."""
+    place = share * (len(values) - 1)
+    low = int(place)
+    rest = place - low
+    return float(values[low] * (1 - rest) + values[min(low + 1, len(values) - 1)] * rest)
+
+
+def _interpolate(ratio: float) -> float:
+    table = list(_QUANTILE_RATIOS.items())
+    for (alpha, low), (below, high) in pairwise(table):
+        if ratio <= high:
+            return alpha + (below - alpha) * max(ratio - low, 0.0) / (high - low)
+    return table[-1][0]
