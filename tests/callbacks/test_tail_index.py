@@ -195,7 +195,7 @@ class Careless(LightningModule):
         self.seen.append(loss.detach())
         self.seen[0] += 1
         self.cache["sum"] += 1
-        self.cache["new"] = 1
+        self.cache[self.count] = 1
         self.last = batch
         self.log("loss", loss)
         return loss
@@ -210,7 +210,7 @@ class Careless(LightningModule):
         numbers = [
             self.count,
             len(self.seen),
-            sorted(self.cache),
+            list(self.cache),
             self.last,
             self.metric.update_count,
         ]
