@@ -426,7 +426,7 @@ CATALOGUE: tuple[Method, ...] = (
     ),
     Method(
         key="byzantine",
-        title="Byzantine-resilient SGD",
+        title="Byzantine SGD",
         summary="Combines the gradients of ranks or micro-batches so that a few wrong ones do not matter.",
         use_when="A rank may compute wrongly, send NaN, or train on poisoned data, and training must go on.",
         paper=Paper(
