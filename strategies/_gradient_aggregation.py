@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_sgd._validation import expect
 from lightning_sgd.strategies import _checkpoints as checkpoints
 from lightning_sgd.strategies._direct_exchange import DirectExchange
 from lightning_sgd.strategies._gradient_replica import GradientReplica
+from lightning_sgd.strategies._replica import Replica
 from lightning_sgd.strategies._shared_buffers import BufferRule, SharedBuffers
 from lightning_sgd.strategies._unwrapped import InitialWeights, StartMethod, UnwrappedStrategy
 from lightning_sgd.strategies._weights_agreement import agree_on_weights
@@ -228,27 +228,13 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         """What Lightning divides the loss by."""
         return self._trainer.accumulate_grad_batches
 
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: LightningModule | torch.nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def before_step(self, replica: Replica) -> None:
         """Combine the gradients between the closure and whatever the precision plugin does with them."""
-        replica = next(r for r in self._replicas if r.optimizer is optimizer)
+        self._exchange_gradients(self._replicas[replica.index])
 
-        def closure_then_aggregate() -> Any:
-            result = closure()
-            replica.loss = result.detach() if isinstance(result, Tensor) else None
-            self._exchange_gradients(replica)
-            return result
-
-        output = super().optimizer_step(optimizer, closure_then_aggregate, model, **kwargs)
-        replica.step()
+    def after_step(self, replica: Replica) -> None:
+        """The step was the same on all ranks."""
         replica.share()
-        self._log_traffic()
-        return output
 
     @torch.no_grad()
     def _exchange_gradients(self, replica: GradientReplica) -> None:

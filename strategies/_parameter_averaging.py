@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_sgd.strategies import _checkpoints as checkpoints
 from lightning_sgd.strategies._consensus import BufferPolicy, Consensus, OptimizerStatePolicy
@@ -65,23 +62,8 @@ class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
     # What a subclass says.
 
     @abstractmethod
-    def after_step(self, replica: Replica) -> None:
-        """Exchange, or not, after an optimizer step of this rank; on every rank alike.
-
-        Args:
-            replica: What the optimizer trains; its counts include this step.
-        """
-
-    @abstractmethod
     def describe(self) -> str:
         """When models are averaged, as the middle of the line at the start."""
-
-    def before_step(self, replica: Replica) -> None:
-        """Called when the gradients are there, before they are unscaled, clipped and used.
-
-        Args:
-            replica: What the optimizer trains; its counts do not include this step yet.
-        """
 
     def candidate(self, replica: Replica) -> Sequence[Tensor] | None:
         """This rank's model as it enters the mean for evaluation; ``None`` for the parameters as they are.
@@ -129,31 +111,6 @@ class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
         super().on_train_batch_start(batch, batch_idx)
         if self.consensus is not None:
             self.consensus.move_buffers()
-
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: LightningModule | torch.nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """One step of this rank, then what the subclass does after it.
-
-        Here and not in a hook of the optimizer, which a GradScaler may skip on one rank but not on another.
-        """
-        replica = next(r for r in self.replicas if r.optimizer is optimizer)
-
-        def closure_then_exchange() -> Any:
-            result = closure()
-            replica.loss = result.detach() if isinstance(result, Tensor) else None
-            self.before_step(replica)
-            return result
-
-        output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
-        replica.step()
-        self.after_step(replica)
-        self._log_traffic()
-        return output
 
     def settle(self) -> None:
         """Leave the mean of the models on every rank, for good."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -13,6 +13,8 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_sgd._validation import expect, warn_no_effect
 from lightning_sgd.functional.traffic import Traffic, all_reduce_traffic
@@ -88,6 +90,21 @@ class UnwrappedStrategy(DDPStrategy, ABC):
     @abstractmethod
     def replicas(self) -> Sequence[Replica]:
         """What this rank trains, one by optimizer; none outside of training."""
+
+    def before_step(self, replica: Replica) -> None:
+        """Called when the gradients are there, before they are unscaled, clipped and used.
+
+        Args:
+            replica: What the optimizer trains; its counts do not include this step yet.
+        """
+
+    @abstractmethod
+    def after_step(self, replica: Replica) -> None:
+        """Exchange, or not, after an optimizer step of this rank; on every rank alike.
+
+        Args:
+            replica: What the optimizer trains; its counts include this step.
+        """
 
     def begin(self) -> None:
         """Called when the optimizers are there."""
@@ -165,6 +182,31 @@ class UnwrappedStrategy(DDPStrategy, ABC):
         if self._random_states is not None:
             checkpoints.set_random_states(self._random_states)
             self._random_states = None
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One step of this rank, with what the subclass does before and after it.
+
+        Here and not in a hook of the optimizer, which a GradScaler may skip on one rank but not on another.
+        """
+        replica = next(r for r in self.replicas if r.optimizer is optimizer)
+
+        def closure_then_exchange() -> Any:
+            result = closure()
+            replica.loss = result.detach() if isinstance(result, Tensor) else None
+            self.before_step(replica)
+            return result
+
+        output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
+        replica.step()
+        self.after_step(replica)
+        self._log_traffic()
+        return output
 
     def on_train_end(self) -> None:
         """Say what it took."""
