@@ -53,6 +53,7 @@ LINES: dict[str, Callable[[], Strategy]] = {
     "Local SGD, H = 1": ours("LocalSGDStrategy", period=1),
     "Local SGD, H = 4": ours("LocalSGDStrategy", period=4),
     "Local SGD, H = 16": ours("LocalSGDStrategy", period=16),
+    "Byzantine, filter": ours("ByzantineStrategy", num_byzantine=1),
     "gossip, one peer": ours("GossipPGAStrategy", period=None),
     "gossip, ring": ours("GossipPGAStrategy", topology="ring", period=None),
     "Gossip-PGA, H = 8": ours("GossipPGAStrategy", period=8),
