@@ -157,7 +157,8 @@ def main() -> None:
         f"machine, gloo over loopback; medians of {args.rounds} rounds, ratios within a round."
     )
     if args.output:
-        args.output.write_text(console.export_text())
+        lines = map(str.rstrip, console.export_text().splitlines())  # rich pads every line
+        args.output.write_text("\n".join(lines).strip() + "\n")
 
 
 if __name__ == "__main__":
