@@ -87,7 +87,8 @@ def curve(ranks: list[Snapshots]) -> list[tuple[int, float, float]]:
     points = []
     for step in ranks[0]:
         times, weights = zip(*(each[step] for each in ranks), strict=True)
-        points.append((step, fmean(times), loss_of(torch.stack(weights).mean(0))))
+        loss = loss_of(torch.stack(weights).mean(0))
+        points.append((step, round(fmean(times), 4), round(loss, 6)))
     return points
 
 

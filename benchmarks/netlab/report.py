@@ -80,9 +80,9 @@ def write(rows: list[Row], note: str, facts: dict[str, Any], folder: Path) -> No
         {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
         for row in rows
     ]
-    (folder / "netlab.json").write_text(
-        json.dumps({"note": note, **facts, "rows": plain}, indent=1) + "\n"
-    )
+    head = json.dumps({"note": note, **facts})
+    lines = ",\n".join(map(json.dumps, plain))
+    (folder / "netlab.json").write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
     plot(rows, folder / "netlab.svg")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import random
@@ -331,3 +332,14 @@ def test_the_lab_and_the_model_draw_the_same_slow_steps():
     draws = random.Random(3)
     drawn = [draws.random() < training.SLOW_STEPS for _ in range(20)]
     assert simulation.slow_steps(4, 20)[3].tolist() == drawn
+
+
+def test_what_is_written_can_be_read_again(tmp_path):
+    report = importlib.import_module(REPORT)
+    rows = [row(), row(label="Local SGD, H = 4", counted_blocked_ms=8.25)]
+    report.write(rows, "How it was made.", {"num_hosts": 4}, tmp_path)
+    read = json.loads((tmp_path / "netlab.json").read_text())
+    assert (read["note"], read["num_hosts"], len(read["rows"])) == ("How it was made.", 4, 2)
+    assert read["rows"][0]["counted_blocked_ms"] is None  # JSON knows no NaN
+    assert read["rows"][1]["counted_blocked_ms"] == 8.25
+    assert (tmp_path / "netlab.md").read_text().endswith("How it was made.\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_an_alarm_is_raised_once_a_rank_is_rejected_in_most_steps(tmp_path):
 
 def test_honest_ranks_raise_no_alarm(tmp_path):
     # With two samples per batch the filter takes one for an outlier now and then, but no rank most of the time.
-    of = lambda: ByzantineStrategy("filter", 1, **{**FORK, "start_method": "popen"})  # noqa: E731
+    of = partial(ByzantineStrategy, "filter", 1, **{**FORK, "start_method": "popen"})
     outcomes = run_as_torchrun(fit(tmp_path, of, monitor(alarm_share=0.5, horizon=5)), 4, tmp_path)
     assert "Look at its data" not in str(outcomes[0].result), outcomes[0].error
 

@@ -163,7 +163,10 @@ def test_a_torus_of_nine_ranks(tmp_path):
 def test_periodic_global_averages(tmp_path, period, order):
     run = Run(tmp_path, gossip("ring", period, order=order), ranks=4, precision="64-true")
     average = np.full((4, 4), 0.25)
-    matrix = lambda step: average if step % period == 0 else RING  # noqa: E731
+
+    def matrix(step):
+        return average if step % period == 0 else RING
+
     close(run.trace, by_matrices(4, matrix, order), 1e-12)
     spreads = [spread(weights) for weights in run.trace]
     assert [s == 0.0 for s in spreads] == [step % period == 0 for step in range(1, STEPS + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -141,7 +142,7 @@ def test_the_number_of_averages_is_steps_over_period(period):
 
 def test_the_warm_up_is_ddp_for_any_optimizer(tmp_path):
     # Averaging models would not be: Adam divides by each rank's own second moments.
-    module = lambda: Regression(lambda params: torch.optim.Adam(params, lr=0.1))  # noqa: E731
+    module = partial(Regression, partial(torch.optim.Adam, lr=0.1))
     ours = Run(tmp_path / "ours", local_sgd(period=4, warmup_steps=6), module())
     theirs = Run(tmp_path / "ddp", ddp(), module())
     close(ours.trace[:6], theirs.trace[:6], 1e-6)

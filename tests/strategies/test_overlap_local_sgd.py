@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ def test_the_warm_up_is_parallel_sgd_and_the_anchor_starts_from_it(tmp_path, per
 
 
 def test_the_warm_up_is_ddp_for_any_optimizer(tmp_path):
-    module = lambda: Regression(lambda params: torch.optim.Adam(params, lr=0.1))  # noqa: E731
+    module = partial(Regression, partial(torch.optim.Adam, lr=0.1))
     ours = Run(tmp_path / "ours", overlap(warmup_steps=6), module())
     theirs = Run(tmp_path / "ddp", ddp(), module())
     close(ours.trace[:6], theirs.trace[:6], 1e-6)
@@ -309,7 +310,10 @@ def test_the_velocity_after_a_drop_of_the_step_size(tmp_path, scales):
 
     strategy = overlap(scale_velocity_with_lr=scales)
     run = Run(tmp_path, strategy, Regression(sgd, schedule), precision="64-true")
-    lr = lambda step: 0.1 if step <= 5 else 0.01  # noqa: E731
+
+    def lr(step):
+        return 0.1 if step <= 5 else 0.01
+
     trace, _ = by_recursion(2, 2, 0.6, 0.7, lr=lr)
     if scales:
         close(run.trace, trace, 1e-12)
