@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def table(results: dict[Setting, float], dealt: str) -> str:
     for attack in dict.fromkeys(setting.attack for setting in shown):
         cells = {_column(s): _shown(results[s]) for s in shown if s.attack == attack}
         made.add_row(attack, *(cells.get(name, "") for name in names))
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    console = Console(width=120, record=True, file=StringIO())
     console.print(made)
     return console.export_text().strip() + "\n"
 

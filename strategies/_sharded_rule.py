@@ -151,6 +151,7 @@ class ShardedRule:
     def _reference(self, norms: Tensor) -> int | None:
         if not self.rule.centred:
             return None
+        # Ranks may choose different rows: each part loses the same from all rows, which is one common shift of them.
         finite = norms.isfinite().nonzero().flatten()
         return int(finite[median_row(norms[finite])]) if len(finite) else 0
 

@@ -55,6 +55,7 @@ def runs(step: Callable[[], None]) -> bool:
     """
     try:
         step()
+    # Gone; not for this type; not on this device; called in another way.
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     return True
