@@ -102,6 +102,7 @@ def candidates(n: int, f: int, rows: Tensor, peer: Any) -> list[Candidate]:
     """Every rule, with the rule of byzfl that is meant to be the same."""
     radius = float((rows[0] - rows.mean(dim=0)).norm())
     norm = float(rows[0].norm()) * 0.9
+    mixed = torch.empty_like(rows)
 
     def rule(name: str, **settings: object) -> Function:
         words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
@@ -146,6 +147,9 @@ def candidates(n: int, f: int, rows: Tensor, peer: Any) -> list[Candidate]:
         Candidate("dnc", rule("dnc")),
         Candidate("smea", rule("smea")),
         Candidate("nnm (rows)", lambda x: NNM()(x, f), of("NNM", f)),
+        Candidate(
+            "nnm (rows, out=)", lambda x: NNM()(x, f, out=mixed), of("NNM", f), "memory reused"
+        ),
         Candidate("arc (rows)", lambda x: ARC()(x, f), of("ARC", f)),
         Candidate("clip (rows)", Clip(norm), of("Clipping", norm)),
         Candidate("bucketing (rows)", Bucketing(2), of("Bucketing", 2), "random"),

@@ -52,16 +52,19 @@ class PreAggregator(ABC):
         return num_rows
 
     @torch.no_grad()
-    def __call__(self, rows: Rows, num_byzantine: int = 0) -> Tensor:
+    def __call__(self, rows: Rows, num_byzantine: int = 0, *, out: Tensor | None = None) -> Tensor:
         """The mapped rows, of shape (m, d).
 
         Args:
             rows: Finite matrix of shape (n, d), or n vectors of length d.
             num_byzantine: How many rows may be faulty [f].
+            out: Where to write them, of the shape and type of the result and apart from the rows; by default fresh
+                memory, whose first touch costs about as much as the computation.
         """
         rows = check_rows(rows)
         matrix = self.matrix(self._gram(rows), num_byzantine)
-        result = rows[0].new_empty(len(matrix), rows[0].numel())
+        shape = len(matrix), rows[0].numel()
+        result = rows[0].new_empty(shape) if out is None else _checked(out, shape, rows[0].dtype)
         for columns, block in column_blocks(rows):
             if block.dtype == result.dtype:
                 combine(matrix, block, out=result[:, columns])
@@ -229,6 +232,18 @@ class ARC(PreAggregator):
         num_clipped = 2 * num_byzantine * (n - num_byzantine) // n
         norms = gram.diagonal().sqrt().sort().values
         return _shortened(gram, float(norms[n - num_clipped - 1]))
+
+
+def _checked(out: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    found = tuple(out.shape), out.dtype
+    expect(
+        found == (shape, dtype),
+        "out",
+        f"of {shape} {dtype}",
+        found,
+        "Leave it out to get a new one.",
+    )
+    return out
 
 
 def _shortened(gram: Tensor, radius: float) -> Tensor:

@@ -108,6 +108,9 @@ def test_geometric_median_of_another_library():
 def test_rows_after_each_pre_aggregation():
     mixed = NNM()(FIVE, num_byzantine=1)
     torch.testing.assert_close(mixed, torch.tensor([[0.5, 0.75]] * 4 + [[3.0, 3.25]]))
+    out = torch.full_like(mixed, torch.nan)
+    assert NNM()(FIVE, num_byzantine=1, out=out) is out
+    assert torch.equal(out, mixed)
     torch.testing.assert_close(Clip(5.0)(FIVE), torch.cat([FIVE[:4], FIVE[4:] / 200**0.5 * 5]))
     # ⌊2 · 1 · 4/5⌋ = 1 row is clipped to the norm of the fourth, 2.
     torch.testing.assert_close(
