@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,6 +15,7 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.strategies import _checkpoints as checkpoints
 from lightning_sgd.strategies._direct_exchange import DirectExchange
+from lightning_sgd.strategies._exchange import Exchange
 from lightning_sgd.strategies._gradient_replica import GradientReplica
 from lightning_sgd.strategies._replica import Replica
 from lightning_sgd.strategies._shared_buffers import BufferRule, SharedBuffers
@@ -78,7 +78,6 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         self._replicas: list[GradientReplica] = []
         self._num_skipped, self._num_backwards = 0, 0
         self._is_settled = True
-        self._written: Mapping[str, Any] | None = None
 
     # What a subclass says.
 
@@ -125,17 +124,6 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
     def leaves_gradients_alone(self) -> bool:
         """Whether the gradient of one rank alone comes out as it is."""
         return True
-
-    def shared_state(self) -> dict[str, Any]:
-        """What a subclass needs to resume that is the same on all ranks."""
-        return {}
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`shared_state`, perhaps on another number of ranks.
-
-        Args:
-            state: What it returned.
-        """
 
     # Set-up.
 
@@ -190,15 +178,10 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         """What this rank trains, one by optimizer; none outside of training."""
         return self._replicas
 
-    @property
-    def _num_steps(self) -> int:
-        return self._replicas[0].num_steps if self._replicas else 0
-
     # Training.
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Put random generators where they were before an interruption; from now on buffers may differ."""
-        super().on_train_batch_start(batch, batch_idx)
+    def go_apart(self) -> None:
+        """From now on buffers may differ."""
         if self.shared_buffers is not None:
             self.shared_buffers.move()
 
@@ -331,55 +314,17 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         names = self._named_buffers().keys() & state.keys()
         return {**state, **{name: state[name].detach().clone() for name in names}}
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
-    ) -> None:
-        """Write what all have in common, and in one more key what each rank needs to go on."""
-        if "optimizer_states" in checkpoint and self.shared_buffers is not None:
-            checkpoint = self._with_all_ranks(checkpoint, self.shared_buffers)
-        self._written = None
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _with_all_ranks(
-        self, checkpoint: dict[str, Any], shared_buffers: SharedBuffers
-    ) -> dict[str, Any]:
-        own = shared_buffers.own()
+    def own_part(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+        """Everything but weights and optimizer states, which are the same on all ranks; with this rank's buffers."""
+        own = {} if self.shared_buffers is None else self.shared_buffers.own()
         mine = checkpoints.with_own_weights(checkpoint, self._written, own)
-        mine = checkpoints.without_common(mine, self._module.state_dict().keys(), own.keys())
-        part = checkpoints.rank_part(mine, self._state())
-        state = self.shared_state()
-        if not self.can_exchange or self.exchange is None:
-            return checkpoints.with_ranks(checkpoint, [part], self.num_ranks, shared=state)
-        if checkpoint["state_dict"] is not self._written:
-            # A callback such as WeightAveraging has put its own model there, with buffers of its own.
-            checkpoint = self._with_shared_buffers(checkpoint, shared_buffers)
-        parts = self.exchange.gather(part, self._num_steps)
-        # What this rank's part shares with the rest of the file is written once.
-        parts = None if parts is None else [part, *parts[1:]]
-        return (
-            checkpoints.with_ranks(checkpoint, parts, self.num_ranks, shared=state)
-            if parts
-            else checkpoint
-        )
+        return checkpoints.without_common(mine, self._module.state_dict().keys(), own.keys())
 
-    def _with_shared_buffers(
-        self, checkpoint: dict[str, Any], shared_buffers: SharedBuffers
-    ) -> dict[str, Any]:
-        state = checkpoint["state_dict"]
-        names = [name for name in shared_buffers.buffers if name in state]
-        agreed = shared_buffers.agreed([state[name] for name in names])
-        return {**checkpoint, "state_dict": {**state, **dict(zip(names, agreed, strict=True))}}
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the optimizers, then counts, generators and what the subclass keeps."""
-        super().load_optimizer_state_dict(checkpoint)
-        state = checkpoint.get(checkpoints.KEY)
-        if state is None or self.shared_buffers is None:
-            return
-        for replica, saved in zip(self.replicas, state["replicas"], strict=True):
-            replica.load_state_dict(saved)
-        self.load_shared_state(state.get("shared", {}))
-        if "own" in state:  # the training was on as many ranks
-            self.shared_buffers.move()
-            self.load_own_state(state["own"])
-            self._random_states = state["random"]
+    def in_common(self, state: Mapping[str, Any], exchange: Exchange) -> Mapping[str, Any]:
+        """The same weights, and as buffers what all agree on."""
+        shared = self.shared_buffers
+        names = [] if shared is None else [name for name in shared.buffers if name in state]
+        if shared is None or not names:
+            return state
+        agreed = shared.agreed([state[name] for name in names])
+        return {**state, **dict(zip(names, agreed, strict=True))}

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.types import _PATH
 from torch import Tensor
 
 from lightning_sgd.strategies import _checkpoints as checkpoints
 from lightning_sgd.strategies._consensus import BufferPolicy, Consensus, OptimizerStatePolicy
+from lightning_sgd.strategies._exchange import Exchange
 from lightning_sgd.strategies._replica import Replica
 from lightning_sgd.strategies._unwrapped import InitialWeights, StartMethod, UnwrappedStrategy
 
@@ -57,7 +57,6 @@ class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
         )
         self.buffer_policy, self.state_policy = buffers, optimizer_state
         self.consensus: Consensus | None = None
-        self._written: Mapping[str, Any] | None = None
 
     # What a subclass says.
 
@@ -106,9 +105,8 @@ class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
 
     # Training.
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Put random generators where they were before an interruption; from now on buffers may differ."""
-        super().on_train_batch_start(batch, batch_idx)
+    def go_apart(self) -> None:
+        """From now on weights and buffers may differ."""
         if self.consensus is not None:
             self.consensus.move_buffers()
 
@@ -151,44 +149,18 @@ class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
         with self.consensus.mean():
             return checkpoints.copied(super().lightning_module_state_dict())
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
-    ) -> None:
-        """Write the mean of the models, and in one more key what each rank needs to go on."""
-        if "optimizer_states" in checkpoint and self.consensus is not None:
-            checkpoint = self._with_all_ranks(checkpoint, self.consensus)
-        self._written = None
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _with_all_ranks(self, checkpoint: dict[str, Any], consensus: Consensus) -> dict[str, Any]:
-        with consensus.own():
+    def own_part(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+        """Everything, with this rank's weights wherever the mean of the models is."""
+        assert self.consensus is not None
+        with self.consensus.own():
             own = checkpoints.copied(super().lightning_module_state_dict())
-        mine = checkpoints.with_own_weights(checkpoint, self._written, own)
-        part = checkpoints.rank_part(mine, self._state())
-        if self.exchange is None or self._has_failed:
-            return checkpoints.with_ranks(checkpoint, [part], self.num_ranks)
-        step = self.replicas[0].num_steps
-        if checkpoint["state_dict"] is not self._written:
-            # A callback such as WeightAveraging has put its own model there, one per rank.
-            mean = checkpoints.mean_over_ranks(checkpoint["state_dict"], self.exchange, step)
-            checkpoint = {**checkpoint, "state_dict": mean}
-        parts = self.exchange.gather(part, step)
-        # What this rank's part shares with the rest of the file is written once.
-        parts = None if parts is None else [part, *parts[1:]]
-        return checkpoints.with_ranks(checkpoint, parts, self.num_ranks) if parts else checkpoint
+        return checkpoints.with_own_weights(checkpoint, self._written, own)
 
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the optimizers, then counts, generators and what the subclass keeps."""
-        super().load_optimizer_state_dict(checkpoint)
-        state = checkpoint.get(checkpoints.KEY)
-        if state is None or self.consensus is None:
-            return
-        for replica, saved in zip(self.replicas, state["replicas"], strict=True):
-            replica.load_state_dict(saved)
-        if "own" not in state:  # every rank starts from the mean
-            for replica in self.replicas:
-                replica.share()
-            return
-        self.consensus.move_buffers()
-        self.load_own_state(state["own"])
-        self._random_states = state["random"]
+    def in_common(self, state: Mapping[str, Any], exchange: Exchange) -> Mapping[str, Any]:
+        """The mean."""
+        return checkpoints.mean_over_ranks(state, exchange, self._num_steps)
+
+    def start_alike(self) -> None:
+        """Every rank starts from the mean."""
+        for replica in self.replicas:
+            replica.share()

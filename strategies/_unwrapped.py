@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -18,9 +16,9 @@ from torch.optim import Optimizer
 
 from lightning_sgd._validation import expect, warn_no_effect
 from lightning_sgd.functional.traffic import Traffic, all_reduce_traffic
-from lightning_sgd.strategies import _checkpoints as checkpoints
 from lightning_sgd.strategies._exchange import Exchange
 from lightning_sgd.strategies._faults import ExchangeError, is_failed_exchange
+from lightning_sgd.strategies._rank_checkpoints import RankCheckpoints
 from lightning_sgd.strategies._replica import Replica
 from lightning_sgd.strategies._requirements import refuse_unsupported, verify_equal_weights
 from lightning_sgd.strategies._sigterm import listen_for_sigterm_every
@@ -32,11 +30,11 @@ StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
 InitialWeights: TypeAlias = Literal["broadcast", "verify"]
 
 
-class UnwrappedStrategy(DDPStrategy, ABC):
+class UnwrappedStrategy(RankCheckpoints, ABC):
     """Trains the module as it is, without DDP's wrapper, on exchanges of its own.
 
     This class owns what does not depend on what is exchanged: equal weights at the start, the lines at the start and
-    at the end, counting and timing, reading checkpoints, random generators, and failing ranks.
+    at the end, counting and timing, and failing ranks.
 
     Args:
         initial_weights: Whether to ``broadcast`` those of rank 0 or to ``verify`` that all ranks have the same.
@@ -75,9 +73,7 @@ class UnwrappedStrategy(DDPStrategy, ABC):
         )
         self.initial_weights = initial_weights
         self.sigterm_every_n_batches = sigterm_every_n_batches
-        self.exchange: Exchange | None = None
-        self._is_resumed = False
-        self._random_states: Mapping[str, Any] | None = None
+        self.exchange = None
         self._logged = Traffic()
 
     # What a subclass says.
@@ -85,11 +81,6 @@ class UnwrappedStrategy(DDPStrategy, ABC):
     @abstractmethod
     def describe(self) -> str:
         """What is exchanged and when, as the middle of the line at the start."""
-
-    @property
-    @abstractmethod
-    def replicas(self) -> Sequence[Replica]:
-        """What this rank trains, one by optimizer; none outside of training."""
 
     def before_step(self, replica: Replica) -> None:
         """Called when the gradients are there, before they are unscaled, clipped and used.
@@ -123,22 +114,6 @@ class UnwrappedStrategy(DDPStrategy, ABC):
     def own_metrics(self) -> dict[str, float]:
         """What else to log beside the traffic, by key."""
         return {}
-
-    def own_state(self) -> dict[str, Any]:
-        """What a subclass needs of its own to resume: tensors, numbers, strings, lists, dictionaries."""
-        return {}
-
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`own_state`.
-
-        Args:
-            state: What it returned on this rank.
-        """
-
-    @property
-    def num_ranks(self) -> int:
-        """Number of ranks that take part."""
-        return 1 if self.exchange is None else self.exchange.num_ranks
 
     # Set-up.
 
@@ -176,12 +151,6 @@ class UnwrappedStrategy(DDPStrategy, ABC):
         )
 
     # Training.
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Put random generators where they were before an interruption."""
-        if self._random_states is not None:
-            checkpoints.set_random_states(self._random_states)
-            self._random_states = None
 
     def optimizer_step(
         self,
@@ -223,25 +192,6 @@ class UnwrappedStrategy(DDPStrategy, ABC):
     def settle(self) -> None:
         """Leave the same model on every rank, for good; training is over."""
 
-    # Checkpoints.
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "replicas": [replica.state_dict() for replica in self.replicas],
-            "random": checkpoints.random_states(),
-            "own": self.own_state(),
-        }
-
-    def load_checkpoint(
-        self, checkpoint_path: _PATH, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """What the file holds: for training on as many ranks this rank's part, else what all have in common."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        if self._trainer.state.fn != TrainerFn.FITTING:
-            return checkpoint
-        self._is_resumed = checkpoints.is_complete(checkpoint, self.world_size)
-        return checkpoints.for_rank(checkpoint, self.global_rank, self.world_size)
-
     # Failing ranks.
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -270,6 +220,11 @@ class UnwrappedStrategy(DDPStrategy, ABC):
             roll_call.report(f"raised {type(exception).__name__}: {exception}")
             exchange.hang_up()
             roll_call.stay()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there are other ranks, and none of them is known to have failed."""
+        return self.exchange is not None and not self._has_failed
 
     @property
     def _has_failed(self) -> bool:
