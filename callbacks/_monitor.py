@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_sgd._run_record import say
 from lightning_sgd._validation import expect
 from lightning_sgd.functional.tick_schedule import Rung, TickSchedule
 
@@ -92,10 +92,8 @@ class Monitor(Callback):
         if self._last_count is None:
             self._tick(trainer, pl_module)
         places = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
-        rank_zero_info(
-            f"{type(self).__name__}: {self.announce(trainer, pl_module)}, {self._describe_cost()}; "
-            f"values go to {places}."
-        )
+        what = f"{self.announce(trainer, pl_module)}, {self._describe_cost()}"
+        say(trainer, type(self).__name__, "start", f"{what}; values go to {places}.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -115,7 +113,7 @@ class Monitor(Callback):
         if self._last_count != self._count(trainer) or self._last_rung == "glance":
             self._tick(trainer, pl_module, last=True)
         self._seconds_before, self._clock_start = self._seconds(), None
-        rank_zero_info(f"{type(self).__name__}: {self.conclude(trainer, pl_module)}")
+        say(trainer, type(self).__name__, "end", self.conclude(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """What the next look depends on."""

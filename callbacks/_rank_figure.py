@@ -9,6 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from lightning_sgd._run_record import keep_figure
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -61,6 +63,7 @@ def publish(
     path = folder / f"{stem}.png"
     figure.savefig(path, dpi=150)
     figure.savefig(path.with_suffix(".svg"))
+    keep_figure(trainer, key, path.with_suffix(".svg"))
     for logger in trainer.loggers:
         _hand_over(figure, logger, path, trainer.global_step, key)
     return path

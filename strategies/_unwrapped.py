@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sgd._run_record import say
 from lightning_sgd._validation import expect, warn_no_effect
 from lightning_sgd.functional.traffic import Traffic, all_reduce_traffic
 from lightning_sgd.strategies._exchange import Exchange
@@ -145,10 +145,8 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
         places = ", ".join(type(logger).__name__ for logger in self._trainer.loggers) or "no logger"
         ranks = f"{self.num_ranks} ranks" if self.exchange else "1 rank, nothing to exchange"
         num_bytes = sum(replica.num_bytes for replica in self.replicas)
-        rank_zero_info(
-            f"{type(self).__name__}: {ranks}, {num_bytes / 1e6:.3g} MB of parameters {self.describe()}; "
-            f"{self.logs} goes to {places}."
-        )
+        what = f"{ranks}, {num_bytes / 1e6:.3g} MB of parameters {self.describe()}"
+        say(self._trainer, type(self).__name__, "start", f"{what}; {self.logs} goes to {places}.")
 
     # Training.
 
@@ -187,7 +185,7 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
                 )
         self.settle()
         listen_for_sigterm_every(1, self._trainer)
-        rank_zero_info(f"{type(self).__name__}: {self._conclusion()}")
+        say(self._trainer, type(self).__name__, "end", self._conclusion())
 
     def settle(self) -> None:
         """Leave the same model on every rank, for good; training is over."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from lightning_sgd._run_record import FILE as FINDINGS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 METRICS = "metrics.csv"
 CONFIG = "config.yaml"
 PLOT = "report.png"
+PAGE = "report.html"
 
 
 class ReportError(ValueError):
@@ -97,3 +101,25 @@ def read_config(folder: Path) -> Mapping[str, object]:
     except (FileNotFoundError, yaml.YAMLError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def read_findings(folder: Path) -> Mapping[str, Any]:
+    """What plug-ins said, beside the metrics; empty if that was not kept.
+
+    Args:
+        folder: Folder of the run.
+    """
+    try:
+        found = json.loads((folder / FINDINGS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_text(file: Path) -> str:
+    """The text of a file; empty if there is none.
+
+    Args:
+        file: Perhaps a file.
+    """
+    return file.read_text(encoding="utf-8") if file.is_file() else ""

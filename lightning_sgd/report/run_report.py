@@ -9,19 +9,23 @@ from rich.console import Console
 
 from lightning_sgd.report.files import (
     CONFIG,
+    PAGE,
     PLOT,
     Series,
     find_metrics,
     read_config,
+    read_findings,
     read_metrics,
+    read_text,
 )
+from lightning_sgd.report.page import Run, page
 from lightning_sgd.report.plot import can_plot, save_plot
 from lightning_sgd.report.summary import describe_run
 from lightning_sgd.report.tables import metrics_table, results_panel, settings_table
 
 
 def report(run: str | Path, console: Console | None = None) -> None:
-    """Print the summary of a run and save its plot beside its metrics.
+    """Print the summary of a run, and save its plot and its page beside its metrics.
 
     Args:
         run: The folder of the run, or any folder above it: then the run that was written last.
@@ -48,6 +52,7 @@ def _where(path: Path, metrics: Mapping[str, Series], settings: Mapping[str, str
         f"metrics  {path}",
         f"config   {config if config.is_file() else 'none was saved'}",
         f"plot     {_plot(path.with_name(PLOT), metrics, settings)}",
+        f"page     {_page(path, metrics, settings)}",
     ]
 
 
@@ -60,6 +65,18 @@ def _plot(image: Path, metrics: Mapping[str, Series], settings: Mapping[str, str
     except ModuleNotFoundError:
         return "none: `pip install 'lightning-sgd[report]'` brings matplotlib"
     return str(image)
+
+
+def _page(path: Path, metrics: Mapping[str, Series], settings: Mapping[str, str]) -> str:
+    """Where the page is, or why there is none."""
+    folder, file = path.parent, path.with_name(PAGE)
+    findings, config = read_findings(folder), read_text(folder / CONFIG)
+    try:
+        text = page(Run(folder, _title(settings), metrics, settings, config, findings))
+    except ModuleNotFoundError:
+        return "none: `pip install 'lightning-sgd[report]'` brings matplotlib and Jinja2"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
 
 
 def _title(settings: Mapping[str, str]) -> str:

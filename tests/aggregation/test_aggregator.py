@@ -173,7 +173,10 @@ def test_a_trusted_worker_keeps_its_number_when_others_are_dropped():
         (lambda: PreAggregated([Bucketing()], Mean(1, worker_weights=[1, 2, 3])), "workers"),
         (lambda: PreAggregated([Bucketing()], CoordinateMedian(2)).check(8), "at most 1"),
         (lambda: NNM().load_state_dict({"draws": 1}), "state"),
-        (lambda: Clip(1.0)(torch.eye(3), out=torch.eye(3).double()), "`out` to be of .* torch.float32"),
+        (
+            lambda: Clip(1.0)(torch.eye(3), out=torch.eye(3).double()),
+            "`out` to be of .* torch.float32",
+        ),
         (lambda: Bucketing()(torch.eye(3), out=torch.eye(3)), r"`out` to be of \(2, 3\)"),
         (lambda: get_aggregator(Mean(), 1), "num_byzantine"),
     ],

@@ -128,6 +128,7 @@ def test_the_report_in_the_terminal(run, printed):
         f"metrics {run}/metrics.csv",
         f"config {run}/config.yaml",
         f"plot {run}/report.png",
+        f"page {run}/report.html",
     ):
         assert expected in lines, "\n".join(lines)
     assert not any("auto" in line for line in lines), "what Lightning chose itself is left out"
@@ -159,6 +160,7 @@ def test_without_matplotlib_the_table_still_comes(run, printed, monkeypatch):
     lines = printed(run)
     assert "train/loss 2.5 0.5 1 1" in lines
     assert "plot none: `pip install 'lightning-sgd[report]'` brings matplotlib" in lines
+    assert "page none: `pip install 'lightning-sgd[report]'` brings matplotlib and Jinja2" in lines
 
 
 @pytest.mark.parametrize("config", ["", "- a list", "{broken", "!!python/object:os.x {}", None])
