@@ -73,6 +73,12 @@ from lightning_sgd.functional.biased_sgd_plan import (
 )
 from lightning_sgd.functional.biased_sgd_sdp import biased_sgd_sdp
 from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
+from lightning_sgd.functional.critical_batch_size import (
+    LeastSquaresConstants,
+    critical_batch_size,
+    least_squares_constants,
+    max_learning_rate,
+)
 from lightning_sgd.functional.gradient_error import fit_error_model
 from lightning_sgd.functional.hogwild import diminishing_bound
 from lightning_sgd.functional.mass_theory import (
@@ -162,6 +168,7 @@ __all__ = [
     "Hypercube",
     "Krum",
     "LabelFlip",
+    "LeastSquaresConstants",
     "LocalSGDStrategy",
     "MaSS",
     "MaSSHyperParameters",
@@ -203,6 +210,7 @@ __all__ = [
     "biased_sgd_floor",
     "biased_sgd_sdp",
     "biased_sgd_step_bound",
+    "critical_batch_size",
     "critical_batch_sizes",
     "dedh_tail_index",
     "diminishing_bound",
@@ -213,8 +221,10 @@ __all__ = [
     "fit_error_model",
     "get_aggregator",
     "hill_tail_index",
+    "least_squares_constants",
     "log_moment_tail_index",
     "mass_hyperparameters",
+    "max_learning_rate",
     "max_relative_error",
     "mcculloch_tail_index",
     "optimal_step",

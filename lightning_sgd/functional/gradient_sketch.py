@@ -102,7 +102,7 @@ class CountSketch:
         wide = wide_dtype([flat])
         # Whole blocks have a sign, too, so that places with the same sign do not add up: two buckets for each.
         both = torch.zeros(2 * self._num_buckets[number], BLOCK, dtype=wide, device=flat.device)
-        for count, piece in enumerate(flat.split(_PIECE)):
+        for count, piece in enumerate(torch.split(flat, _PIECE)):
             begin = count * _SHIFT % _NUM_SHIFTS
             signed = piece.to(wide) * self._signs[begin : begin + len(piece)]
             blocks = pad(signed, (0, -len(piece) % BLOCK)).view(-1, BLOCK)
