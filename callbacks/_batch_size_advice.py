@@ -19,9 +19,7 @@ def describe_scale(scale: NoiseScale, times: Sequence[int]) -> str:
     if math.isinf(scale.high):
         value = "" if math.isinf(scale.value) else f" {scale.value:.3g} samples,"
         return f"noise scale{value} {when}, above {scale.low:.3g} for certain"
-    return (
-        f"noise scale {scale.value:.3g} samples (between {scale.low:.3g} and {scale.high:.3g}) {when}"
-    )
+    return f"noise scale {scale.value:.3g} samples (between {scale.low:.3g} and {scale.high:.3g}) {when}"
 
 
 def advice(scale: NoiseScale, batch_size: int | None) -> str:
@@ -38,7 +36,9 @@ def advice(scale: NoiseScale, batch_size: int | None) -> str:
         '. Nothing follows from that.'
     """
     if batch_size is None or math.isnan(scale.value):
-        return ". Nothing follows from that." if batch_size else ". Batches of that size pay."
+        return (
+            ". Nothing follows from that." if batch_size else ". Batches up to about that size pay."
+        )
     if scale.low <= batch_size <= scale.high:
         doubled = _price(scale, batch_size, 2 * batch_size, "twice the batch")
         return f", about the {batch_size} of a step, which is a good compromise: {doubled}."
@@ -47,9 +47,11 @@ def advice(scale: NoiseScale, batch_size: int | None) -> str:
         best = max(power_of_two(wanted), 2 * batch_size)
         price = _price(scale, batch_size, best, f"{best} samples in a step")
         return f", above the {batch_size} of a step: a larger batch pays. {price.capitalize()}."
-    best = power_of_two(scale.value)
+    best = min(power_of_two(scale.value), max(batch_size // 2, 1))
     price = _price(scale, batch_size, best, f"{best} samples in a step")
-    return f", below the {batch_size} of a step: a larger batch would not pay. {price.capitalize()}."
+    return (
+        f", below the {batch_size} of a step: a larger batch would not pay. {price.capitalize()}."
+    )
 
 
 def _price(scale: NoiseScale, batch_size: int, other: int, name: str) -> str:

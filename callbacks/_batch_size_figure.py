@@ -36,7 +36,7 @@ def draw_batch_sizes(
         left.axhline(batch_size, color=GREY, linestyle=":", label="batch of a step")
     left.set(xlabel="optimizer step", ylabel="samples", yscale="log", title="noise scale")
     if left.lines:
-        left.legend(fontsize="small")
+        left.legend(fontsize="small", loc="upper right")
     return figure
 
 
@@ -57,4 +57,4 @@ def _draw_price(axes: Axes, scale: float, batch_size: int | None) -> None:
     if batch_size is not None:
         axes.axvline(batch_size, color=GREY, linestyle=":")
     axes.set(xlabel="batch size", ylabel="times the least", title="price, after the last look")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center")

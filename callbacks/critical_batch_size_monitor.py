@@ -80,6 +80,11 @@ class CriticalBatchSizeMonitor(GradientMonitor):
         Dario Amodei, OpenAI Dota Team. An Empirical Model of Large-Batch Training. arXiv 1812.06162, 2018.
     """
 
+    times: list[int]
+    values: dict[str, list[float]]
+    batch_of_step: int | None
+    _looks: dict[str, list[GradientNoise]]
+
     def __init__(
         self,
         num_batches: int = 16,
@@ -184,10 +189,8 @@ class CriticalBatchSizeMonitor(GradientMonitor):
         self.batch_of_step = state_dict["batch_of_step"]
 
     def _forget(self) -> None:
-        self.times: list[int] = []
-        self.values: dict[str, list[float]] = {}
-        self.batch_of_step: int | None = None
-        self._looks: dict[str, list[GradientNoise]] = {}
+        self.times, self.values = [], {}
+        self.batch_of_step, self._looks = None, {}
 
     def _note(self, sample: GradientSample) -> dict[str, float]:
         """Enter what was found into the history."""

@@ -52,6 +52,7 @@ from lightning_sgd.aggregation import (
 from lightning_sgd.callbacks import (
     ByzantineMonitor,
     CommunicationMonitor,
+    CriticalBatchSizeMonitor,
     GradientErrorMonitor,
     RankMonitor,
     TailIndexMonitor,
@@ -114,7 +115,7 @@ from lightning_sgd.functional.topologies import (
     Torus,
 )
 from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
-from lightning_sgd.metrics import RankMe, TailIndex, WeightRank
+from lightning_sgd.metrics import GradientNoiseScale, RankMe, TailIndex, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
 from lightning_sgd.strategies import (
@@ -154,6 +155,7 @@ __all__ = [
     "ConstantAttack",
     "CoordinateMedian",
     "CoordinateRule",
+    "CriticalBatchSizeMonitor",
     "DigitsClassifier",
     "DigitsDataModule",
     "DiminishingLR",
@@ -164,6 +166,7 @@ __all__ = [
     "GeometricMedian",
     "GossipPGAStrategy",
     "GradientErrorMonitor",
+    "GradientNoiseScale",
     "GramRule",
     "Hypercube",
     "Krum",
