@@ -88,7 +88,8 @@ class GradientCollector:
             )
         self._last: GradientSample | None = None
         self._tap: BackwardTap | None = None
-        self._factor, self._seconds = 1.0, 0.0
+        self._factor = 1.0
+        self._columns: tuple[dict[str, int], Columns] | None = None
 
     @property
     def takes_passes(self) -> bool:
@@ -182,7 +183,7 @@ class GradientCollector:
 
     def forget(self) -> None:
         """Free the last sample, and take hooks off."""
-        self._last = None
+        self._last, self._columns = None, None
         self.abandon()
 
     def abandon(self) -> None:
@@ -221,8 +222,10 @@ class GradientCollector:
             for name, param in pl_module.named_parameters()
             if param.requires_grad
         }
-        kind = CountSketch if self.sketch else Coordinates
-        return kind(sizes, self.num_coordinates, self.seed)
+        if self._columns is None or self._columns[0] != sizes:
+            kind = CountSketch if self.sketch else Coordinates
+            self._columns = sizes, kind(sizes, self.num_coordinates, self.seed)
+        return self._columns[1]
 
     # Gradients of training itself.
 

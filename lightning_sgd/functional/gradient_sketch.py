@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import embedding_bag
 
 from lightning_sgd.functional.gradient_sample import flattened, wide_dtype
 
@@ -37,7 +37,7 @@ class CountSketch:
 
     One half of the width is shared out to the parameters by their sizes, the other half equally. Small parameters are
     kept as they are. Cost of a gradient: a pass over it; memory of the map: four bytes for sixteen coordinates, and at
-    most half a megabyte for signs.
+    most half a megabyte for signs; for a moment, a copy of the gradient of one parameter.
 
     Args:
         sizes: Number of coordinates by parameter.
@@ -60,19 +60,18 @@ class CountSketch:
     def __init__(self, sizes: Mapping[str, int], num_coordinates: int | None, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         num_signs = min(_PIECE, max(sizes.values(), default=0)) + _NUM_SHIFTS
-        self._signs = torch.randint(2, (num_signs,), generator=generator, dtype=torch.int8) * 2 - 1
+        # Not narrower: products of two types are ten times as slow.
+        self._signs = torch.randint(2, (num_signs,), generator=generator).float() * 2 - 1
         whole = max(sum(sizes.values()), 1)
         self.layers: dict[str, slice] = {}
-        self._buckets: list[Tensor | None] = []
-        self._num_buckets: list[int] = []
+        self._bags: list[tuple[Tensor, Tensor] | None] = []
         begin = 0
         for name, size in sizes.items():
             wanted = num_coordinates and num_coordinates * (size / whole + 1 / len(sizes)) / 2
             num = None if wanted is None else max(1, round(wanted / BLOCK))
-            buckets = None if num is None or num * BLOCK >= size else _draw(size, num, generator)
-            width = size if buckets is None or num is None else num * BLOCK
-            self._buckets.append(buckets)
-            self._num_buckets.append(num or 0)
+            bags = None if num is None or num * BLOCK >= size else _draw(size, num, generator)
+            width = size if bags is None or num is None else num * BLOCK
+            self._bags.append(bags)
             self.layers[name] = slice(begin, begin + width)
             begin += width
         self.num_coordinates = begin
@@ -94,25 +93,33 @@ class CountSketch:
             number: Place of the parameter.
             tensor: Of its shape.
         """
-        flat, buckets = flattened(tensor), self._buckets[number]
-        if buckets is None:
+        flat, bags = flattened(tensor), self._bags[number]
+        if bags is None:
             return flat
-        self._buckets[number] = buckets = buckets.to(flat.device)
-        self._signs = self._signs.to(flat.device)
-        wide = wide_dtype([flat])
-        # Whole blocks have a sign, too, so that places with the same sign do not add up: two buckets for each.
-        both = torch.zeros(2 * self._num_buckets[number], BLOCK, dtype=wide, device=flat.device)
-        for count, piece in enumerate(torch.split(flat, _PIECE)):
-            begin = count * _SHIFT % _NUM_SHIFTS
-            signed = piece.to(wide) * self._signs[begin : begin + len(piece)]
-            blocks = pad(signed, (0, -len(piece) % BLOCK)).view(-1, BLOCK)
-            first = count * (_PIECE // BLOCK)
-            both.index_add_(0, buckets[first : first + len(blocks)], blocks)
+        order, begins = self._bags[number] = bags[0].to(flat.device), bags[1].to(flat.device)
+        # Sums over given rows, several times as fast as adding row by row to where it belongs.
+        both = embedding_bag(order, self._signed(flat).view(-1, BLOCK), begins, mode="sum")
         plus, minus = both.chunk(2)
         return (plus - minus).flatten()
 
+    def _signed(self, flat: Tensor) -> Tensor:
+        """A wide copy in whole blocks, with signs."""
+        self._signs = signs = self._signs.to(flat.device, wide_dtype([flat]))
+        signed = signs.new_zeros(-(-len(flat) // BLOCK) * BLOCK)
+        for count, piece in enumerate(torch.split(flat, _PIECE)):
+            begin = count * _SHIFT % _NUM_SHIFTS
+            into = signed[count * _PIECE :][: len(piece)]
+            torch.mul(piece.to(signs.dtype), signs[begin : begin + len(piece)], out=into)
+        return signed
 
-def _draw(size: int, num_buckets: int, generator: torch.Generator) -> Tensor:
-    """For each block its bucket, of twice as many: those of the second half are subtracted."""
+
+def _draw(size: int, num_buckets: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Blocks bucket by bucket, and where each bucket begins.
+
+    There are twice as many, and those of the second half are subtracted: whole blocks have a sign, too, so that places
+    with the same sign do not add up.
+    """
     num_blocks = -(-size // BLOCK)
-    return torch.randint(2 * num_buckets, (num_blocks,), generator=generator, dtype=torch.int32)
+    buckets = torch.randint(2 * num_buckets, (num_blocks,), generator=generator)
+    counts = torch.bincount(buckets, minlength=2 * num_buckets)
+    return buckets.argsort(stable=True).int(), (counts.cumsum(0) - counts).int()

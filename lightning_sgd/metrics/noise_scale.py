@@ -68,8 +68,10 @@ class GradientNoiseScale(Metric):
 
     def result(self) -> NoiseScale:
         """Value and interval for everything since the last reset."""
-        values = [float(getattr(self, name)) for name in NAMES]
-        return noise_scale(GradientNoise(*values[:-1], num_pairs=round(values[-1])))
+        trace, square, *variances, num_pairs = (float(getattr(self, name)) for name in NAMES)
+        var_trace, var_square, covariance = variances
+        total = GradientNoise(trace, square, var_trace, var_square, covariance, round(num_pairs))
+        return noise_scale(total)
 
     def compute(self) -> Tensor:
         """The noise scale in samples; infinite where no gradient is seen in the noise, NaN before the first update."""
