@@ -34,6 +34,7 @@ class BackwardTap:
         rows: Shape (num_rows, s); NaN where there was no backward pass.
         sizes: Samples of each micro-batch; 0 where there was none.
         step: As given.
+        columns: As given.
         has_moved: Whether weights changed between the backward passes, as LBFGS or SAM do it.
         seconds: What the hooks took.
     """
@@ -46,7 +47,7 @@ class BackwardTap:
         shape, wide = (num_rows, columns.num_coordinates), wide_dtype(params)
         self.rows = torch.full(shape, math.nan, dtype=wide, device=params[0].device)
         self.seconds = 0.0
-        self._columns, self._row = columns, 0
+        self.columns, self._row = columns, 0
         self._is_open, self._is_empty = False, True
         self._parts = list(columns.layers.values())
         self._versions = [param._version for param in params]
@@ -88,5 +89,5 @@ class BackwardTap:
             row.zero_()  # a parameter that is not used has no gradient
             self._is_empty = False
         # Added: a pass made of several, as with checkpoints of activations, comes here several times.
-        row[self._parts[number]] += self._columns.part(number, gradient).to(row.device)
+        row[self._parts[number]] += self.columns.part(number, gradient).to(row.device)
         self.seconds += time.perf_counter() - begin

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_sgd._validation import expect, warn_no_effect
-from lightning_sgd.callbacks._backward_tap import BackwardTap, Columns
+from lightning_sgd.callbacks._backward_tap import Columns
+from lightning_sgd.callbacks._caught_steps import CaughtSteps
+from lightning_sgd.callbacks._gathering import gather
 from lightning_sgd.callbacks._own_batches import (
     LossFunction,
     draw_batch,
@@ -40,12 +38,14 @@ class GradientCollector:
 
     The two other sources take no pass of their own. ``microbatches`` are the gradients of the batches that one
     optimizer step accumulates, on all ranks; ``ranks`` are the gradients of one step that each rank has before they are
-    reduced. They are caught in the backward passes of that step (:class:`BackwardTap`), between :meth:`begin_step` and
-    :meth:`finish_step`. Lightning's division of the loss and the scale of a GradScaler are undone. Batches that are
-    shorter than others of the step are left out. Ranks with weights of their own, as in Local SGD, are caught in steps
-    that all begin with the same weights.
+    reduced. They are caught in the backward passes of that step, between :meth:`begin_step` and :meth:`finish_step`.
+    Ranks with weights of their own, as in Local SGD, are caught in steps that all begin with the same weights.
 
     Memory: the sample, this rank's share of it, and with ``extra`` one gradient.
+
+    Attributes:
+        settings: What two collectors must have in common to give the same sample.
+        steps: Catches the gradients of training; ``None`` with ``extra``.
 
     Args:
         num_gradients: How many, over all ranks [m], with ``extra``; rounded up to the same number on each.
@@ -80,26 +80,21 @@ class GradientCollector:
         self.num_gradients, self.num_coordinates = num_gradients, num_coordinates
         self.batch_size, self.train_mode, self.loss_fn = batch_size, train_mode, loss_fn
         self.seed, self.source, self.sketch = seed, source, sketch
+        self.settings: dict[str, Any] = dict(vars(self))
         given = {"batch_size": batch_size, "loss_fn": loss_fn, "train_mode": train_mode or False}
         idle = [name for name, value in given.items() if value not in (None, True)]
         if not self.takes_passes and idle:
             warn_no_effect(
                 f"`{idle[0]}` has no effect with source='{source}': the gradients are those of training."
             )
+        self.steps = None if source == "extra" else CaughtSteps(source)
         self._last: GradientSample | None = None
-        self._tap: BackwardTap | None = None
-        self._factor = 1.0
         self._columns: tuple[dict[str, int], Columns] | None = None
 
     @property
     def takes_passes(self) -> bool:
         """Whether gradients come from passes of its own, between steps, or else from the steps themselves."""
         return self.source == "extra"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What two collectors must have in common to give the same sample."""
-        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
 
     def shared(self, trainer: Trainer) -> GradientCollector:
         """The first collector among the callbacks of a Trainer that has the same settings.
@@ -112,29 +107,6 @@ class GradientCollector:
         same = (c for c in others if isinstance(c, GradientCollector) and c.settings == mine)
         return next(same, self)
 
-    def refuse_single_gradients(self, trainer: Trainer) -> None:
-        """Refuse a source that has one gradient for each step.
-
-        Args:
-            trainer: Knows ranks and accumulated batches.
-
-        Raises:
-            ValueError: If there is no second rank, or no second micro-batch.
-        """
-        if self.source == "ranks":
-            remedy = (
-                "Noise is in differences between ranks, and there is one. On one device take 'microbatches' with "
-                "accumulate_grad_batches, or 'extra'."
-            )
-            others = "'extra' or 'microbatches' on a single rank"
-            expect(trainer.world_size > 1, "source", others, self.source, remedy)
-        if self.source == "microbatches":
-            changes = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
-            num = trainer.accumulate_grad_batches * trainer.world_size
-            remedy = "A step is made of one batch. Set accumulate_grad_batches to 2 or more, or take 'extra'."
-            others = "'extra' where nothing is accumulated"
-            expect(changes or num > 1, "source", others, self.source, remedy)
-
     def obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Why nothing can be collected in this training; ``None`` if something can.
 
@@ -144,8 +116,8 @@ class GradientCollector:
         """
         if not holds_whole_model(trainer):
             return f"{type(trainer.strategy).__name__} keeps no rank a whole gradient"
-        if not self.takes_passes:
-            return _obstacle_in_steps(trainer, pl_module)
+        if self.steps is not None:
+            return self.steps.obstacle(trainer, pl_module)
         obstacle = obstacle_to_own_batches(trainer, pl_module, self.loss_fn)
         if obstacle is None and self._size_of_batch(trainer) is None:
             return "the data loader does not tell its batch size; set `batch_size`"
@@ -184,13 +156,8 @@ class GradientCollector:
     def forget(self) -> None:
         """Free the last sample, and take hooks off."""
         self._last, self._columns = None, None
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Take hooks off: the step that began is not going to end."""
-        if self._tap is not None:
-            self._tap.close()
-        self._tap = None
+        if self.steps is not None:
+            self.steps.abandon()
 
     def sample(self, trainer: Trainer, pl_module: LightningModule) -> GradientSample | None:
         """Gradients at one point, the same on all ranks; ``None`` where there is an obstacle.
@@ -227,85 +194,33 @@ class GradientCollector:
             self._columns = sizes, kind(sizes, self.num_coordinates, self.seed)
         return self._columns[1]
 
-    # Gradients of training itself.
-
     def begin_step(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
         """Catch the gradients of the optimizer step that begins now; whether one begins and can be caught.
 
         Args:
-            trainer: Before the first batch of a step.
+            trainer: Before a batch.
             pl_module: The module.
             batch_idx: Of the batch.
         """
-        num_batches = trainer.accumulate_grad_batches
-        is_first, is_one_point = batch_idx % num_batches == 0, _ranks_agree(trainer)
-        enough = trainer.world_size * (num_batches if self.source == "microbatches" else 1) > 1
-        if not (is_first and is_one_point and enough):
+        if self.steps is None or not self.steps.can_begin(trainer, batch_idx):
             return False
-        if self._tap is not None and self._tap.step == trainer.global_step:
-            return True  # for another monitor
-        self.abandon()
         if self.obstacle(trainer, pl_module) is not None:
             return False
         params = [param for param in pl_module.parameters() if param.requires_grad]
-        self._factor = num_batches / _loss_scale(trainer)
-        self._tap = BackwardTap(
-            params, self.coordinates(pl_module), num_batches, trainer.global_step
-        )
+        self.steps.begin(trainer, params, self.coordinates(pl_module))
         return True
 
-    def begin_batch(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Take note of the next batch of the step, if it is caught.
-
-        Args:
-            trainer: Knows how many batches are accumulated.
-            batch: Tells its size.
-            batch_idx: Its place in the epoch.
-        """
-        if self._tap is not None:
-            number = batch_idx % trainer.accumulate_grad_batches
-            size = _num_samples(batch) or self._size_of_batch(trainer) or 0
-            self._tap.begin_batch(number, size)
-
-    def listen(self, is_open: bool) -> None:
-        """Whether a backward pass of training is going on.
-
-        Args:
-            is_open: Whether it is.
-        """
-        if self._tap is not None:
-            self._tap.open(is_open)
-
-    def finish_step(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """Exchange what was caught in the step that has ended; a collective, once for all monitors.
+    def finish_step(self, trainer: Trainer) -> float:
+        """Make a sample of the step that has ended; the seconds that catching it took, told once.
 
         Args:
             trainer: After the step.
-            pl_module: The module.
-
-        Returns:
-            Seconds that catching has taken, the first time.
         """
-        tap, self._tap = self._tap, None
-        if tap is None:
+        found = None if self.steps is None else self.steps.finish(trainer)
+        if found is None:
             return 0.0
-        tap.close()
-        rows, sizes = tap.rows * self._factor, torch.tensor(tap.sizes)
-        num_batches = 1
-        if self.source == "ranks":
-            num_batches = int((sizes > 0).sum())
-            is_even = bool((sizes[:num_batches] == sizes[0]).all())
-            rows = rows[:num_batches].mean(dim=0, keepdim=True) * (1.0 if is_even else torch.nan)
-            sizes = sizes[:1]
-        if tap.has_moved:
-            rows = rows * torch.nan
-        table = _gather(torch.cat([rows, sizes.to(rows)[:, None]], dim=1), trainer.world_size)
-        rows, sizes = table[:, :-1], table[:, -1]
-        size = int(sizes.max())
-        layers = self.coordinates(pl_module).layers
-        sample = GradientSample(rows[sizes == size], size * num_batches, layers, tap.step).finite()
-        self._last = sample if len(sample.rows) > 1 and size > 0 else None
-        return tap.seconds
+        self._last, seconds = found
+        return seconds
 
     # Gradients of batches of its own.
 
@@ -325,49 +240,13 @@ class GradientCollector:
                 if number % num_ranks == rank:
                     gradient = gradient_of(trainer, pl_module, batch(), self.loss_fn)
                     rows.append(coordinates.of(gradient))
-        table = _gather(torch.stack(rows), num_ranks)
+        table = gather(torch.stack(rows), num_ranks)
         return GradientSample(table, size, coordinates.layers, step).finite()
 
     def _size_of_batch(self, trainer: Trainer) -> int | None:
         loader = trainer.train_dataloader
         sampler = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         return self.batch_size or getattr(loader, "batch_size", None) or sampler
-
-
-def _obstacle_in_steps(trainer: Trainer, pl_module: LightningModule) -> str | None:
-    if not pl_module.automatic_optimization:
-        return (
-            "in manual optimization nobody knows which backward passes belong to one step; take source='extra' with "
-            "`loss_fn`"
-        )
-    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-        return "LBFGS takes several gradients at different points in one step; take source='extra'"
-    return None
-
-
-def _ranks_agree(trainer: Trainer) -> bool:
-    """Whether all ranks begin this step with the same weights; strategies of our own know it."""
-    replicas = getattr(trainer.strategy, "replicas", ())
-    return trainer.world_size == 1 or all(replica.is_shared for replica in replicas)
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def _num_samples(batch: Any) -> int | None:
-    leaves = tree_leaves(batch)
-    return next((len(x) for x in leaves if isinstance(x, Tensor) and x.ndim), None)
-
-
-def _gather(rows: Tensor, num_ranks: int) -> Tensor:
-    """The rows of all ranks, in the order of their batches."""
-    if num_ranks == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(num_ranks)]
-    dist.all_gather(parts, rows)
-    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 def _mixed(*numbers: int) -> int:

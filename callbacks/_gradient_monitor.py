@@ -38,7 +38,8 @@ class GradientMonitor(Monitor):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Share the gradients with other monitors."""
         super().on_fit_start(trainer, pl_module)
-        self.collector.refuse_single_gradients(trainer)
+        if self.collector.steps is not None:
+            self.collector.steps.refuse_single_gradients(trainer)
         self.collector = self.collector.shared(trainer)
         self.collector.forget()
         self._awaited = None
@@ -47,22 +48,24 @@ class GradientMonitor(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """If it is time to look, catch the gradients of the step that begins."""
-        if self.collector.takes_passes:
+        if self.collector.steps is None:
             return
         count = self._count(trainer)
         is_due = self._awaited is None and self.schedule.is_due(count)
         if is_due and self.collector.begin_step(trainer, pl_module, batch_idx):
             self._awaited = count, trainer.global_step
         if self._awaited is not None:
-            self.collector.begin_batch(trainer, batch, batch_idx)
+            self.collector.steps.begin_batch(trainer, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Listen."""
-        self.collector.listen(True)
+        if self.collector.steps is not None:
+            self.collector.steps.listen(True)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen no more."""
-        self.collector.listen(False)
+        if self.collector.steps is not None:
+            self.collector.steps.listen(False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -72,7 +75,7 @@ class GradientMonitor(Monitor):
         if self._awaited is None or self._awaited[1] == trainer.global_step:
             return
         (count, _), self._awaited = self._awaited, None
-        seconds = self.collector.finish_step(trainer, pl_module)
+        seconds = self.collector.finish_step(trainer)
         if self.collector.sample(trainer, pl_module) is not None:
             super()._tick(trainer, pl_module, count=count, spent=seconds)
 
@@ -80,14 +83,15 @@ class GradientMonitor(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leave no hooks behind."""
-        self.collector.abandon()
+        if self.collector.steps is not None:
+            self.collector.steps.abandon()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the gradients."""
         self.collector.forget()
 
     def _tick(self, trainer: Trainer, pl_module: LightningModule, **settings: Any) -> None:  # type: ignore[override]  # passes them on
-        if self.collector.takes_passes:
+        if self.collector.steps is None:
             super()._tick(trainer, pl_module, **settings)
 
     def _settings_of_collector(self) -> dict[str, Any]:

@@ -490,7 +490,7 @@ def test_what_stands_in_the_way_is_said(tmp_path, caplog, module, reason):
     callbacks = [monitor("microbatches"), GradientAccumulationScheduler({1: 2})]
     if "manual" in reason:
         callbacks.pop()
-        callbacks[0].collector.refuse_single_gradients = lambda trainer: None
+        callbacks[0].collector.steps.refuse_single_gradients = lambda trainer: None
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         trainer(tmp_path, callbacks=callbacks).fit(module(), batches())
     lines = [text for text in caplog.messages if text.startswith("TailIndexMonitor")]
