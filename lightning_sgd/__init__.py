@@ -89,6 +89,7 @@ from lightning_sgd.functional.mass_theory import (
     mass_hyperparameters,
 )
 from lightning_sgd.functional.mixing import Mixing
+from lightning_sgd.functional.noise_scale import NoiseScale
 from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
 from lightning_sgd.functional.stable_law import sample_stable
@@ -183,6 +184,7 @@ __all__ = [
     "MoNNA",
     "MultiKrum",
     "NoEffectWarning",
+    "NoiseScale",
     "NonFinite",
     "NovoGrad",
     "OnePeerExponential",

@@ -277,6 +277,7 @@ CATALOGUE: tuple[Method, ...] = (
         ),
         helpers=(
             "GradientNoiseScale",
+            "NoiseScale",
             "LeastSquaresConstants",
             "least_squares_constants",
             "critical_batch_size",
