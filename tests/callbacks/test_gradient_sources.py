@@ -150,11 +150,13 @@ def test_clipping_comes_after(tmp_path):
 
 
 class Partly(Regression):
-    """Leaves the first layer out in every other batch, uses the last one twice, and has a checkpoint of activations."""
+    """Leaves the first layer out in every other batch, uses the last one twice, and has checkpoints of activations."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        hidden = checkpoint(self.net[0], x.requires_grad_(), use_reentrant=batch_idx == 0)
+        nested = {"use_reentrant": batch_idx == 0}
+        hidden = checkpoint(self.net[0], x.requires_grad_(), **nested)
+        hidden = hidden + checkpoint(self.net[0], 2 * x, **nested)
         if batch_idx % 2:
             hidden = x.repeat(1, 2)
         once = self.net[2](hidden.tanh())

@@ -87,9 +87,9 @@ def test_small_parameters_are_kept_and_narrow_types_are_added_up_in_float32():
 
 
 def test_there_is_no_bias_where_signs_repeat_themselves():
-    # Signs of one piece are used again for the next one; blocks of both in one bucket must not add up.
-    size, num_seeds = 6 * 2**17, 40
-    ones, ratios = torch.ones(size, dtype=torch.float64), []
+    # Signs of one piece are used again sixteen pieces later at the same place of a block; they must not add up.
+    size, num_seeds = 40 * 2**17, 40
+    ones, ratios = torch.ones(size), []
     for seed in range(num_seeds):
         row = CountSketch({"weight": size}, 512, seed).of([ones])
         ratios.append(float(row @ row) / size)
