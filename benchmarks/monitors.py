@@ -26,6 +26,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sgd import (
+    CriticalBatchSizeMonitor,
     DigitsClassifier,
     DigitsDataModule,
     GradientErrorMonitor,
@@ -48,6 +49,7 @@ MONITORS: dict[str, Callable[[], Callback]] = {
     "GradientErrorMonitor, bf16": GradientErrorMonitor,
     "GradientErrorMonitor, topk": lambda: GradientErrorMonitor("topk"),
     "TailIndexMonitor": lambda: TailIndexMonitor(save_figure=False),
+    "CriticalBatchSizeMonitor": lambda: CriticalBatchSizeMonitor(save_figure=False),
 }
 
 

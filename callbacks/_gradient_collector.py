@@ -1,42 +1,61 @@
-"""Gathers gradients of several batches at the same weights, once for all monitors that ask for the same."""
+"""Gathers several gradients at the same weights, once for all monitors that ask for the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from lightning_sgd._validation import expect
-from lightning_sgd.callbacks._module_state import module_state_kept
+from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd.callbacks._backward_tap import Columns
+from lightning_sgd.callbacks._caught_steps import CaughtSteps
+from lightning_sgd.callbacks._gathering import gather
+from lightning_sgd.callbacks._own_batches import (
+    LossFunction,
+    draw_batch,
+    gradient_of,
+    measuring,
+    obstacle_to_own_batches,
+)
 from lightning_sgd.callbacks._traffic_source import holds_whole_model
-from lightning_sgd.functional.gradient_sample import Coordinates, GradientSample
+from lightning_sgd.functional.gradient_sample import Coordinates, GradientSample, wide_dtype
+from lightning_sgd.functional.gradient_sketch import CountSketch
 
-LossFunction: TypeAlias = Callable[[LightningModule, Any], Tensor]
+__all__ = ["GradientCollector", "GradientSource", "LossFunction"]
+
+GradientSource: TypeAlias = Literal["extra", "microbatches", "ranks"]
 
 
 class GradientCollector:
-    """Draws batches of its own from the training data, and takes their gradients at the weights as they are.
+    """Takes gradients of several batches at the weights as they are, the same on all ranks.
 
-    Batches are drawn with replacement, by a generator that depends on ``seed`` and step alone, so that nothing of it
-    is in a checkpoint. Ranks share the work. Gradients come from ``torch.autograd.grad``: ``.grad``, the hooks of DDP
-    and a GradScaler see nothing of it. Buffers, attributes and metrics of the module are put back, also after an
-    exception; random states are kept by the monitor. Memory: the sample, the coordinates' share of ``num_gradients``
-    gradients, and one gradient.
+    With the source ``extra``, batches of its own are drawn with replacement, by a generator that depends on ``seed``
+    and step alone, so that nothing of it is in a checkpoint. Ranks share the work. Gradients come from
+    ``torch.autograd.grad``: ``.grad``, the hooks of DDP and a GradScaler see nothing of it. Buffers, attributes and
+    metrics of the module are put back, also after an exception; random states are kept by the monitor.
+
+    The two other sources take no pass of their own. ``microbatches`` are the gradients of the batches that one
+    optimizer step accumulates, on all ranks; ``ranks`` are the gradients of one step that each rank has before they are
+    reduced. They are caught in the backward passes of that step, between :meth:`begin_step` and :meth:`finish_step`.
+    Ranks with weights of their own, as in Local SGD, are caught in steps that all begin with the same weights.
+
+    Memory: the sample, this rank's share of it, and with ``extra`` one gradient.
+
+    Attributes:
+        settings: What two collectors must have in common to give the same sample.
+        steps: Catches the gradients of training; ``None`` with ``extra``.
 
     Args:
-        num_gradients: How many, over all ranks [m]; rounded up to the same number on each.
-        num_coordinates: About how many coordinates of each to keep [s]; ``None`` for all.
-        batch_size: Samples per gradient; by default that of the training data loader.
+        num_gradients: How many, over all ranks [m], with ``extra``; rounded up to the same number on each.
+        num_coordinates: About how many numbers of each to keep [s]; ``None`` for all.
+        batch_size: Samples per gradient with ``extra``; by default that of the training data loader.
         train_mode: Whether dropout and batch statistics are as in training, or as in evaluation.
         loss_fn: Takes module and batch and returns the loss; by default what ``training_step`` returns.
         seed: Decides on coordinates and batches.
+        source: Where gradients come from.
+        sketch: Keep a sketch, which has the norms of whole gradients, instead of some coordinates.
     """
 
     def __init__(
@@ -47,21 +66,35 @@ class GradientCollector:
         train_mode: bool = True,
         loss_fn: LossFunction | None = None,
         seed: int = 0,
+        source: GradientSource = "extra",
+        sketch: bool = False,
     ) -> None:
         remedy = "Noise is in differences between gradients."
         expect(num_gradients >= 2, "num_gradients", "at least 2", num_gradients, remedy)
         for name, value in (("num_coordinates", num_coordinates), ("batch_size", batch_size)):
             remedy = "None takes all coordinates, or the batch size of training."
             expect(value is None or value >= 1, name, "at least 1", value, remedy)
+        known = get_args(GradientSource)
+        remedy = "The default is 'extra', passes of its own."
+        expect(source in known, "source", f"one of {', '.join(known)}", source, remedy)
         self.num_gradients, self.num_coordinates = num_gradients, num_coordinates
         self.batch_size, self.train_mode, self.loss_fn = batch_size, train_mode, loss_fn
-        self.seed = seed
+        self.seed, self.source, self.sketch = seed, source, sketch
+        self.settings: dict[str, Any] = dict(vars(self))
+        given = {"batch_size": batch_size, "loss_fn": loss_fn, "train_mode": train_mode or False}
+        idle = [name for name, value in given.items() if value not in (None, True)]
+        if not self.takes_passes and idle:
+            warn_no_effect(
+                f"`{idle[0]}` has no effect with source='{source}': the gradients are those of training."
+            )
+        self.steps = None if source == "extra" else CaughtSteps(source)
         self._last: GradientSample | None = None
+        self._columns: tuple[dict[str, int], Columns] | None = None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What two collectors must have in common to give the same sample."""
-        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+    def takes_passes(self) -> bool:
+        """Whether gradients come from passes of its own, between steps, or else from the steps themselves."""
+        return self.source == "extra"
 
     def shared(self, trainer: Trainer) -> GradientCollector:
         """The first collector among the callbacks of a Trainer that has the same settings.
@@ -83,42 +116,70 @@ class GradientCollector:
         """
         if not holds_whole_model(trainer):
             return f"{type(trainer.strategy).__name__} keeps no rank a whole gradient"
-        if self.loss_fn is None and not pl_module.automatic_optimization:
-            return "in manual optimization only `loss_fn` can say what the loss is"
-        if self.loss_fn is None and is_param_in_hook_signature(
-            pl_module.training_step, "dataloader_iter", explicit=True
-        ):
-            return (
-                "`training_step` takes an iterator, so that only `loss_fn` can say what the loss is"
-            )
-        loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            return "batches can be drawn from a single DataLoader with a map-style data set only"
-        if self._size_of_batch(loader) is None:
+        if self.steps is not None:
+            return self.steps.obstacle(trainer, pl_module)
+        obstacle = obstacle_to_own_batches(trainer, pl_module, self.loss_fn)
+        if obstacle is None and self._size_of_batch(trainer) is None:
             return "the data loader does not tell its batch size; set `batch_size`"
-        return None
+        return obstacle
+
+    def describe(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """What is gathered, and how much memory it takes, for the line at the start.
+
+        Args:
+            trainer: Knows ranks and accumulated batches.
+            pl_module: The module.
+        """
+        num, ranks, k = (
+            self.coordinates(pl_module).num_coordinates,
+            trainer.world_size,
+            trainer.accumulate_grad_batches,
+        )
+        of_ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
+        what, rows, caught = {
+            "extra": (
+                f"{self.num_gradients} gradients of batches of its own",
+                self.num_gradients,
+                0,
+            ),
+            "microbatches": (
+                f"gradients of the {k} micro-batches of a step{of_ranks}",
+                k * ranks,
+                k,
+            ),
+            "ranks": (f"the gradients of a step on {ranks} ranks", ranks, k),
+        }[self.source]
+        wide = wide_dtype(pl_module.parameters()).itemsize
+        unit = "numbers of a sketch" if self.sketch else "coordinates"
+        return f"{what}, {num} {unit}, {1e-6 * wide * (rows + caught) * num:.3g} MB"
 
     def forget(self) -> None:
-        """Free the last sample."""
-        self._last = None
+        """Free the last sample, and take hooks off."""
+        self._last, self._columns = None, None
+        if self.steps is not None:
+            self.steps.abandon()
 
     def sample(self, trainer: Trainer, pl_module: LightningModule) -> GradientSample | None:
-        """Gradients at the weights as they are, the same on all ranks; ``None`` where there is an obstacle.
+        """Gradients at one point, the same on all ranks; ``None`` where there is an obstacle.
 
-        A second monitor that asks at the same step gets what the first one got.
+        With ``extra`` the point is where the weights are; a second monitor that asks at the same step gets what the
+        first one got. Otherwise the point is where the step that just ended began, if it was caught.
 
         Args:
             trainer: Knows ranks, data and precision.
             pl_module: The module.
         """
+        if not self.takes_passes:
+            caught = self._last is not None and self._last.step + 1 == trainer.global_step
+            return self._last if caught else None
         if self.obstacle(trainer, pl_module) is not None:
             return None
         if self._last is None or self._last.step != trainer.global_step:
             self._last = self._collect(trainer, pl_module)
         return self._last
 
-    def coordinates(self, pl_module: LightningModule) -> Coordinates:
-        """Which coordinates are kept, of the parameters that are trained.
+    def coordinates(self, pl_module: LightningModule) -> Columns:
+        """What is kept of a gradient of the parameters that are trained.
 
         Args:
             pl_module: The module.
@@ -128,94 +189,64 @@ class GradientCollector:
             for name, param in pl_module.named_parameters()
             if param.requires_grad
         }
-        return Coordinates(sizes, self.num_coordinates, self.seed)
+        if self._columns is None or self._columns[0] != sizes:
+            kind = CountSketch if self.sketch else Coordinates
+            self._columns = sizes, kind(sizes, self.num_coordinates, self.seed)
+        return self._columns[1]
+
+    def begin_step(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
+        """Catch the gradients of the optimizer step that begins now; whether one begins and can be caught.
+
+        Args:
+            trainer: Before a batch.
+            pl_module: The module.
+            batch_idx: Of the batch.
+        """
+        if self.steps is None or not self.steps.can_begin(trainer, batch_idx):
+            return False
+        if self.obstacle(trainer, pl_module) is not None:
+            return False
+        params = [param for param in pl_module.parameters() if param.requires_grad]
+        self.steps.begin(trainer, params, self.coordinates(pl_module))
+        return True
+
+    def finish_step(self, trainer: Trainer) -> float:
+        """Make a sample of the step that has ended; the seconds that catching it took, told once.
+
+        Args:
+            trainer: After the step.
+        """
+        found = None if self.steps is None else self.steps.finish(trainer)
+        if found is None:
+            return 0.0
+        self._last, seconds = found
+        return seconds
+
+    # Gradients of batches of its own.
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule) -> GradientSample:
         coordinates = self.coordinates(pl_module)
         loader: DataLoader[Any] = trainer.train_dataloader  # type: ignore[assignment]  # see `obstacle`
-        size = self._size_of_batch(loader)
+        size = self._size_of_batch(trainer)
         assert size is not None
         step, rank, num_ranks = trainer.global_step, trainer.global_rank, trainer.world_size
         generator = torch.Generator().manual_seed(_mixed(self.seed, step, 0))
         torch.manual_seed(_mixed(self.seed, step, rank + 1))  # dropout and augmentation
         num_each = -(-self.num_gradients // num_ranks)
         rows = []
-        with _measuring(pl_module, self.train_mode):
+        with measuring(pl_module, self.train_mode):
             for number in range(num_each * num_ranks):
-                draw = torch.randint(_length(loader), (size,), generator=generator).tolist()
+                batch = draw_batch(trainer, loader, size, generator)
                 if number % num_ranks == rank:
-                    batch = _to_device(_fetch(loader, draw), trainer)
-                    gradient = self._gradient(trainer, pl_module, batch)
+                    gradient = gradient_of(trainer, pl_module, batch(), self.loss_fn)
                     rows.append(coordinates.of(gradient))
-        table = _gather(torch.stack(rows), num_ranks)
+        table = gather(torch.stack(rows), num_ranks)
         return GradientSample(table, size, coordinates.layers, step).finite()
 
-    def _gradient(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[Tensor]:
-        params = [param for param in module.parameters() if param.requires_grad]
-        with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            loss = self.loss_fn(module, batch) if self.loss_fn else _training_loss(module, batch)
-        gradients = torch.autograd.grad(loss, params, allow_unused=True)
-        return [
-            torch.zeros_like(param) if gradient is None else gradient.detach()
-            for param, gradient in zip(params, gradients, strict=True)
-        ]
-
-    def _size_of_batch(self, loader: DataLoader[Any]) -> int | None:
-        sampler = getattr(loader.batch_sampler, "batch_size", None)
-        return self.batch_size or loader.batch_size or sampler
-
-
-@contextmanager
-def _measuring(module: LightningModule, train_mode: bool) -> Iterator[None]:
-    """Forward passes leave no trace: what changes is put back, and what is logged goes nowhere."""
-    with module_state_kept(module):
-        vars(module)["log"] = _log_nothing
-        vars(module)["log_dict"] = _log_nothing
-        for part in module.modules():
-            part.training = part.training and train_mode
-        yield
-
-
-def _log_nothing(*_: Any, **__: Any) -> None:
-    pass
-
-
-def _training_loss(module: LightningModule, batch: Any) -> Tensor:
-    step: Callable[..., Any] = module.training_step
-    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-    output = step(batch, 0) if takes_index else step(batch)
-    loss = output.get("loss") if isinstance(output, dict) else output
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"Expected `training_step` to return a loss, got {type(loss).__name__}. Give `loss_fn`, a function of "
-            "module and batch."
-        )
-    return loss
-
-
-def _fetch(loader: DataLoader[Any], indices: list[int]) -> Any:
-    """A batch of these samples, as a worker of the loader would make it."""
-    dataset: Any = loader.dataset
-    whole = getattr(dataset, "__getitems__", None)
-    return loader.collate_fn(whole(indices) if whole else [dataset[index] for index in indices])
-
-
-def _length(loader: DataLoader[Any]) -> int:
-    return len(loader.dataset)  # type: ignore[arg-type]  # map-style, see `obstacle`
-
-
-def _to_device(batch: Any, trainer: Trainer) -> Any:
-    batch = trainer.precision_plugin.convert_input(batch)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _gather(rows: Tensor, num_ranks: int) -> Tensor:
-    """The rows of all ranks, in the order of their batches."""
-    if num_ranks == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(num_ranks)]
-    dist.all_gather(parts, rows)
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    def _size_of_batch(self, trainer: Trainer) -> int | None:
+        loader = trainer.train_dataloader
+        sampler = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        return self.batch_size or getattr(loader, "batch_size", None) or sampler
 
 
 def _mixed(*numbers: int) -> int:

@@ -150,13 +150,15 @@ class Monitor(Callback):
         pl_module: LightningModule,
         num_uncounted: int = 0,
         last: bool = False,
+        count: int | None = None,
+        spent: float = 0.0,
     ) -> None:
-        """Decide how closely to look, and do it."""
-        count = self._count(trainer)
+        """Decide how closely to look, and do it; what led to this look may have taken some time already."""
+        count = self._count(trainer) if count is None else count
         rung = self.schedule.choose(count, self._agreed_seconds(trainer), last=last)
         if rung is None or (rung == "glance" and count == self._last_count):
             return  # a second glance at the same moment would see nothing new
-        begin = time.perf_counter()
+        begin = time.perf_counter() - spent
         with _random_states_kept(), torch.no_grad():
             values = (self.look if rung == "look" else self.glance)(trainer, pl_module)
         if count == self._last_count:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.callbacks._gradient_collector import GradientCollector
-from lightning_sgd.callbacks._monitor import Monitor
-from lightning_sgd.callbacks._rank_figure import publish
+from lightning_sgd.callbacks._gradient_collector import GradientCollector, GradientSource
+from lightning_sgd.callbacks._gradient_monitor import GradientMonitor
 from lightning_sgd.callbacks._tail_index_figure import CURVES, STEM, draw_tail_index
 from lightning_sgd.functional.gradient_tail_index import GradientTailIndex, gradient_tail_index
 
@@ -25,7 +21,7 @@ if TYPE_CHECKING:
 QUANTITIES = tuple(CURVES)
 
 
-class TailIndexMonitor(Monitor):
+class TailIndexMonitor(GradientMonitor):
     r"""Logs the tail index of gradient noise, and what the number is worth.
 
     At the weights as they are, gradients of batches of its own are taken. If the noise U in them were symmetric
@@ -61,9 +57,12 @@ class TailIndexMonitor(Monitor):
             never stretches it.
         save_figure: Save a figure in the log folder at the end, and hand it to loggers that take figures; needs the
             extra ``report``.
+        source: Where the gradients come from: ``extra`` are passes over batches of its own; ``microbatches`` are the
+            ``accumulate_grad_batches`` gradients of one step on all ranks, ``ranks`` the gradient of each rank in one
+            step. The last two cost no pass, and have as many gradients as a step has: few tell little.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the source has one gradient only.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -87,13 +86,14 @@ class TailIndexMonitor(Monitor):
         every_n_epochs: int | None = None,
         max_overhead: float | None = 0.02,
         save_figure: bool = True,
+        source: GradientSource = "extra",
     ) -> None:
         steps = 500 if every_n_steps is None and every_n_epochs is None else every_n_steps
         super().__init__(steps, every_n_epochs, max_overhead)
         remedy = "Noise is in differences between gradients; the default is 64."
         expect(num_batches >= 2, "num_batches", "at least 2", num_batches, remedy)
         self.collector = GradientCollector(
-            num_batches, num_coordinates, batch_size, train_mode, loss_fn, seed
+            num_batches, num_coordinates, batch_size, train_mode, loss_fn, seed, source
         )
         self.log_layers, self.seed, self.save_figure = log_layers, seed, save_figure
         self._interval = (steps, every_n_epochs)
@@ -105,10 +105,7 @@ class TailIndexMonitor(Monitor):
     @property
     def state_key(self) -> str:
         """Tells instances with different settings apart in a checkpoint."""
-        settings = {
-            **self.collector.settings,
-            "loss_fn": getattr(self.collector.loss_fn, "__name__", None),
-        }
+        settings = self._settings_of_collector()
         return self._generate_state_key(**settings, interval=list(self._interval))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,8 +113,6 @@ class TailIndexMonitor(Monitor):
         if not self._restored:
             self._forget()
         super().on_fit_start(trainer, pl_module)
-        self.collector = self.collector.shared(trainer)
-        self.collector.forget()
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
         """Collect gradients, and measure the noise in them."""
@@ -126,7 +121,7 @@ class TailIndexMonitor(Monitor):
             return {}
         generator = torch.Generator().manual_seed(self.seed)
         found = gradient_tail_index(sample, generator, self.log_layers)
-        values = self._note(trainer.global_step, found)
+        values = self._note(sample.step, found)
         layers = {f"coordinate/{name}": alpha for name, alpha in found.layers.items()}
         values |= layers if self.log_layers else {}
         return {f"tail_index/{name}": value for name, value in values.items()}
@@ -136,11 +131,7 @@ class TailIndexMonitor(Monitor):
         obstacle = self.collector.obstacle(trainer, pl_module)
         if obstacle is not None:
             return f"nothing can be measured, because {obstacle}"
-        num = self.collector.coordinates(pl_module).num_coordinates
-        rows = self.collector.num_gradients
-        return (
-            f"{rows} gradients of batches of its own, {num} coordinates, {4e-6 * rows * num:.3g} MB"
-        )
+        return self.collector.describe(trainer, pl_module)
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Index, verdict, and what the pooled number is worth; saves the figure."""
@@ -151,12 +142,8 @@ class TailIndexMonitor(Monitor):
             f"by coordinate α = {last['coordinate']:.2f} ± {last['coordinate_error']:.2f} at step {self.times[-1]}, "
             f"{self.verdict}; pooled as in the paper {last['pooled']:.2f}, in random order "
             f"{last['pooled_shuffled']:.2f}, which unequal scales and dependence pull towards 1 whatever the tails."
-            f"{self._save_figure(trainer)}"
+            f"{self._figure(trainer)}"
         )
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free the gradients."""
-        self.collector.forget()
 
     def plot(self) -> Figure:
         """Index over time, and the stability profiles at the last look.
@@ -208,15 +195,6 @@ class TailIndexMonitor(Monitor):
         self.verdict = found.coordinate.verdict
         return values
 
-    def _save_figure(self, trainer: Trainer) -> str:
-        """Draw and publish the figure; what to say about it."""
-        finite = any(math.isfinite(value) for value in self.values.get("pooled", []))
-        if not (self.save_figure and finite) or getattr(trainer, "fast_dev_run", False):
-            return ""
-        # On all ranks, because a logger may ask the first one for its folder.
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero:
-            return ""
-        if find_spec("matplotlib") is None:
-            return " No figure: pip install 'lightning-sgd[report]'."
-        return f" Figure: {publish(self.plot(), folder, trainer, STEM, 'tail_index/profile')}"
+    def _figure(self, trainer: Trainer) -> str:
+        pooled = self.values.get("pooled", []) if self.save_figure else []
+        return self._save_figure(trainer, pooled, STEM, "tail_index/profile")

@@ -53,7 +53,10 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(StepForm|Theorem|Assumption|Branch|Compressor|CompressorName|SupportsErrorModel)",
     ),
-    (r"py:.*", r"(InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod|Verdict)"),
+    (
+        r"py:.*",
+        r"(GradientSource|InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod|Verdict)",
+    ),
     (r"py:.*", r"(_AX_TYPE|_PLOT_OUT_TYPE|lightning_sgd\.functional\.hogwild\.DiminishingSteps)"),
 ]
 

@@ -52,6 +52,7 @@ from lightning_sgd.aggregation import (
 from lightning_sgd.callbacks import (
     ByzantineMonitor,
     CommunicationMonitor,
+    CriticalBatchSizeMonitor,
     GradientErrorMonitor,
     RankMonitor,
     TailIndexMonitor,
@@ -73,6 +74,12 @@ from lightning_sgd.functional.biased_sgd_plan import (
 )
 from lightning_sgd.functional.biased_sgd_sdp import biased_sgd_sdp
 from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
+from lightning_sgd.functional.critical_batch_size import (
+    LeastSquaresConstants,
+    critical_batch_size,
+    least_squares_constants,
+    max_learning_rate,
+)
 from lightning_sgd.functional.gradient_error import fit_error_model
 from lightning_sgd.functional.hogwild import diminishing_bound
 from lightning_sgd.functional.mass_theory import (
@@ -82,6 +89,7 @@ from lightning_sgd.functional.mass_theory import (
     mass_hyperparameters,
 )
 from lightning_sgd.functional.mixing import Mixing
+from lightning_sgd.functional.noise_scale import NoiseScale
 from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
 from lightning_sgd.functional.stable_law import sample_stable
@@ -108,7 +116,7 @@ from lightning_sgd.functional.topologies import (
     Torus,
 )
 from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
-from lightning_sgd.metrics import RankMe, TailIndex, WeightRank
+from lightning_sgd.metrics import GradientNoiseScale, RankMe, TailIndex, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
 from lightning_sgd.strategies import (
@@ -148,6 +156,7 @@ __all__ = [
     "ConstantAttack",
     "CoordinateMedian",
     "CoordinateRule",
+    "CriticalBatchSizeMonitor",
     "DigitsClassifier",
     "DigitsDataModule",
     "DiminishingLR",
@@ -158,10 +167,12 @@ __all__ = [
     "GeometricMedian",
     "GossipPGAStrategy",
     "GradientErrorMonitor",
+    "GradientNoiseScale",
     "GramRule",
     "Hypercube",
     "Krum",
     "LabelFlip",
+    "LeastSquaresConstants",
     "LocalSGDStrategy",
     "MaSS",
     "MaSSHyperParameters",
@@ -173,6 +184,7 @@ __all__ = [
     "MoNNA",
     "MultiKrum",
     "NoEffectWarning",
+    "NoiseScale",
     "NonFinite",
     "NovoGrad",
     "OnePeerExponential",
@@ -203,6 +215,7 @@ __all__ = [
     "biased_sgd_floor",
     "biased_sgd_sdp",
     "biased_sgd_step_bound",
+    "critical_batch_size",
     "critical_batch_sizes",
     "dedh_tail_index",
     "diminishing_bound",
@@ -213,8 +226,10 @@ __all__ = [
     "fit_error_model",
     "get_aggregator",
     "hill_tail_index",
+    "least_squares_constants",
     "log_moment_tail_index",
     "mass_hyperparameters",
+    "max_learning_rate",
     "max_relative_error",
     "mcculloch_tail_index",
     "optimal_step",

@@ -241,6 +241,50 @@ CATALOGUE: tuple[Method, ...] = (
         ),
     ),
     Method(
+        key="critical_batch_size",
+        title="Critical batch size",
+        summary="Watches the noise scale of gradients, and says which batch size still pays and which does not.",
+        use_when="You want to know whether a larger batch would save steps, and how much larger the step may be.",
+        paper=Paper(
+            title=(
+                "Parallelizing Stochastic Gradient Descent for Least Squares Regression: Mini-batching, Averaging, "
+                "and Model Misspecification"
+            ),
+            authors="Prateek Jain, Sham M. Kakade, Rahul Kidambi, Praneeth Netrapalli, Aaron Sidford",
+            venue="JMLR",
+            year=2018,
+            url="https://arxiv.org/abs/1610.03774",
+        ),
+        plugins=(
+            Plugin(
+                name="CriticalBatchSizeMonitor",
+                kind="callback",
+                settings={
+                    "num_batches": 4,
+                    "every_n_steps": 2,
+                    "max_overhead": 1.0,
+                    "log_layers": True,
+                },
+                metric_keys=(
+                    "critical_batch_size/noise_scale",
+                    "critical_batch_size/low",
+                    "critical_batch_size/high",
+                    "critical_batch_size/noise_trace",
+                    "critical_batch_size/gradient_sq",
+                    "critical_batch_size/noise_scale/*",
+                ),
+            ),
+        ),
+        helpers=(
+            "GradientNoiseScale",
+            "NoiseScale",
+            "LeastSquaresConstants",
+            "least_squares_constants",
+            "critical_batch_size",
+            "max_learning_rate",
+        ),
+    ),
+    Method(
         key="local_sgd",
         title="Local SGD",
         summary="Every rank trains on its own, and now and then all go on from the mean of their models.",

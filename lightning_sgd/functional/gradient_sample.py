@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ class GradientSample:
     """Gradients of different batches at the same weights.
 
     Attributes:
-        rows: One gradient in each row, unscaled, shape (m, s).
+        rows: One gradient in each row, unscaled, shape (m, s): some of its coordinates, or a sketch.
         batch_size: Samples behind one row.
         layers: Which columns belong to which parameter.
         step: Optimizer steps that led to the weights.
@@ -82,21 +82,44 @@ class Coordinates:
         Args:
             tensors: One for each parameter, in order.
         """
-        parts = [
-            tensor.detach().flatten() if index is None else _take(tensor, index)
-            for tensor, index in zip(tensors, self.indices, strict=True)
-        ]
-        wide = (
-            torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        )
+        parts = [self.part(number, tensor) for number, tensor in enumerate(tensors)]
+        wide = wide_dtype(parts)
         return torch.cat([part.to(wide) for part in parts])
+
+    def part(self, number: int, tensor: Tensor) -> Tensor:
+        """The values at the coordinates that belong to one parameter.
+
+        Args:
+            number: Place of the parameter.
+            tensor: Of its shape.
+        """
+        flat, index = flattened(tensor), self.indices[number]
+        if index is None:
+            return flat
+        self.indices[number] = index = index.to(flat.device)
+        return flat[index]
+
+
+def wide_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """What numbers of these tensors are kept in: float64 if one of them is, else float32.
+
+    Args:
+        tensors: Of floating-point types.
+    """
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def flattened(tensor: Tensor) -> Tensor:
+    """All numbers in a row, zeros of sparse tensors included, without a graph.
+
+    Args:
+        tensor: Dense or sparse.
+    """
+    tensor = tensor.detach()
+    return (tensor.to_dense() if tensor.layout != torch.strided else tensor).flatten()
 
 
 def _one_in_each_part(size: int, num: int, generator: torch.Generator) -> Tensor:
     places = torch.arange(num, dtype=torch.float64)
     places = (places + torch.rand(num, dtype=torch.float64, generator=generator)) * (size / num)
     return places.long().clamp(max=size - 1)
-
-
-def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    return tensor.detach().flatten()[index.to(tensor.device)]

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_sgd import TailIndexMonitor, sample_stable
-from lightning_sgd.callbacks._gradient_collector import GradientCollector, _gather
+from lightning_sgd.callbacks._gathering import gather
+from lightning_sgd.callbacks._gradient_collector import GradientCollector
 from lightning_sgd.callbacks._module_state import module_state_kept
 from lightning_sgd.functional.gradient_sample import Coordinates, GradientSample
 from lightning_sgd.functional.gradient_tail_index import gradient_tail_index
@@ -170,7 +171,7 @@ def test_monitors_that_ask_for_the_same_pay_once(tmp_path):
 
 
 def test_rows_of_all_ranks_are_in_the_order_of_their_batches(tmp_path):
-    found = run_ranks(lambda rank: _gather(torch.arange(3.0)[:, None] * 2 + rank, 2), 2, tmp_path)
+    found = run_ranks(lambda rank: gather(torch.arange(3.0)[:, None] * 2 + rank, 2), 2, tmp_path)
     assert [rows.flatten().tolist() for rows in found] == [[0, 1, 2, 3, 4, 5]] * 2
 
 
