@@ -74,6 +74,12 @@ from lightning_sgd.functional.biased_sgd_plan import (
 from lightning_sgd.functional.biased_sgd_sdp import biased_sgd_sdp
 from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
 from lightning_sgd.functional.gradient_error import fit_error_model
+from lightning_sgd.functional.gradient_gaussianity import (
+    GaussianityResult,
+    GaussianitySettings,
+    gradient_gaussianity,
+)
+from lightning_sgd.functional.gram_projections import effective_dimension, gram_projections
 from lightning_sgd.functional.hogwild import diminishing_bound
 from lightning_sgd.functional.mass_theory import (
     MaSSHyperParameters,
@@ -82,6 +88,12 @@ from lightning_sgd.functional.mass_theory import (
     mass_hyperparameters,
 )
 from lightning_sgd.functional.mixing import Mixing
+from lightning_sgd.functional.normality_tests import (
+    NormalityTest,
+    anderson_darling,
+    jarque_bera,
+    shapiro_wilk,
+)
 from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
 from lightning_sgd.functional.stable_law import sample_stable
@@ -155,6 +167,8 @@ __all__ = [
     "Exponential",
     "FromGraph",
     "GaussianAttack",
+    "GaussianityResult",
+    "GaussianitySettings",
     "GeometricMedian",
     "GossipPGAStrategy",
     "GradientErrorMonitor",
@@ -174,6 +188,7 @@ __all__ = [
     "MultiKrum",
     "NoEffectWarning",
     "NonFinite",
+    "NormalityTest",
     "NovoGrad",
     "OnePeerExponential",
     "OptimalFactor",
@@ -198,6 +213,7 @@ __all__ = [
     "TrajectoryRegularization",
     "TrimmedMean",
     "WeightRank",
+    "anderson_darling",
     "batch_size_regime",
     "biased_sgd_bound",
     "biased_sgd_floor",
@@ -209,10 +225,14 @@ __all__ = [
     "dyadic_tail_index",
     "ecf_tail_index",
     "effective_batch_size",
+    "effective_dimension",
     "estimate_condition_numbers",
     "fit_error_model",
     "get_aggregator",
+    "gradient_gaussianity",
+    "gram_projections",
     "hill_tail_index",
+    "jarque_bera",
     "log_moment_tail_index",
     "mass_hyperparameters",
     "max_relative_error",
@@ -221,5 +241,6 @@ __all__ = [
     "partition_by_label",
     "pickands_tail_index",
     "sample_stable",
+    "shapiro_wilk",
     "spectral_stats",
 ]
