@@ -2,6 +2,7 @@
 
 from lightning_sgd.callbacks.byzantine_monitor import ByzantineMonitor
 from lightning_sgd.callbacks.communication_monitor import CommunicationMonitor
+from lightning_sgd.callbacks.gaussianity_monitor import GaussianityMonitor
 from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor
 from lightning_sgd.callbacks.rank_monitor import RankMonitor
 from lightning_sgd.callbacks.tail_index_monitor import TailIndexMonitor
@@ -10,6 +11,7 @@ from lightning_sgd.callbacks.trajectory_regularization import TrajectoryRegulari
 __all__ = [
     "ByzantineMonitor",
     "CommunicationMonitor",
+    "GaussianityMonitor",
     "GradientErrorMonitor",
     "RankMonitor",
     "TailIndexMonitor",

@@ -52,6 +52,7 @@ from lightning_sgd.aggregation import (
 from lightning_sgd.callbacks import (
     ByzantineMonitor,
     CommunicationMonitor,
+    GaussianityMonitor,
     GradientErrorMonitor,
     RankMonitor,
     TailIndexMonitor,
@@ -73,10 +74,10 @@ from lightning_sgd.functional.biased_sgd_plan import (
 )
 from lightning_sgd.functional.biased_sgd_sdp import biased_sgd_sdp
 from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
+from lightning_sgd.functional.gaussianity_settings import GaussianitySettings
 from lightning_sgd.functional.gradient_error import fit_error_model
 from lightning_sgd.functional.gradient_gaussianity import (
     GaussianityResult,
-    GaussianitySettings,
     gradient_gaussianity,
 )
 from lightning_sgd.functional.gram_projections import effective_dimension, gram_projections
@@ -120,7 +121,7 @@ from lightning_sgd.functional.topologies import (
     Torus,
 )
 from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
-from lightning_sgd.metrics import RankMe, TailIndex, WeightRank
+from lightning_sgd.metrics import GradientGaussianity, RankMe, TailIndex, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
 from lightning_sgd.strategies import (
@@ -167,11 +168,13 @@ __all__ = [
     "Exponential",
     "FromGraph",
     "GaussianAttack",
+    "GaussianityMonitor",
     "GaussianityResult",
     "GaussianitySettings",
     "GeometricMedian",
     "GossipPGAStrategy",
     "GradientErrorMonitor",
+    "GradientGaussianity",
     "GramRule",
     "Hypercube",
     "Krum",

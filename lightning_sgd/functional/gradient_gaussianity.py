@@ -17,6 +17,7 @@ from lightning_sgd.functional.gaussian_null import (
     TestName,
     direction_tests,
 )
+from lightning_sgd.functional.gaussianity_settings import GaussianitySettings
 from lightning_sgd.functional.gram_projections import (
     effective_dimension,
     gram_projections,
@@ -29,48 +30,6 @@ GaussianityVerdict: TypeAlias = Literal[
     "Gaussian", "Gaussian on random directions only", "not Gaussian", "undecided"
 ]
 MIN_GRADIENTS = 20
-NUM_FAMILIES = 2
-
-
-@dataclass(frozen=True)
-class GaussianitySettings:
-    """How noise is tested.
-
-    Attributes:
-        num_directions: Random directions, and as many coordinates [R].
-        test: Name of the test on one direction.
-        level: Level of the test on one direction.
-        false_alarm_rate: How often Gaussian noise may be called something else.
-        num_bootstraps: Samples of Gaussian noise for the calibration [B].
-    """
-
-    num_directions: int = 256
-    test: TestName = "shapiro_wilk"
-    level: float = 0.05
-    false_alarm_rate: float = 0.01
-    num_bootstraps: int = 199
-
-    def __post_init__(self) -> None:
-        remedy = "Several hundred make the share precise."
-        expect(
-            self.num_directions >= 1, "num_directions", "at least 1", self.num_directions, remedy
-        )
-        names = ", ".join(TESTS)
-        expect(self.test in TESTS, "test", f"one of {names}", self.test, "Choose one of them.")
-        for name in ("level", "false_alarm_rate"):
-            value = getattr(self, name)
-            expect(0 < value < 1, name, "between 0 and 1", value, "Usual are 0.05 and 0.01.")
-        least = math.ceil(NUM_FAMILIES / self.false_alarm_rate - 1e-9) - 1
-        remedy = (
-            "So small a rate of false alarms cannot be told with fewer; raise one or the other."
-        )
-        num = self.num_bootstraps
-        expect(num >= least, "num_bootstraps", f"at least {least}", num, remedy)
-
-    @property
-    def family_rate(self) -> float:
-        """Rate of false alarms for random directions and coordinates each, together the stated one."""
-        return self.false_alarm_rate / NUM_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -99,6 +58,19 @@ class GaussianityResult:
     random_quantiles: tuple[float, ...] = ()
     coordinate_quantiles: tuple[float, ...] = ()
     layers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The numbers by name, but those of layers and quantiles."""
+        return {
+            **_named(self.random, ""),
+            **_named(self.coordinate, "coordinate_"),
+            "statistic": self.random.statistic,
+            "expected_statistic": self.random.expected_statistic,
+            "rejected_anderson_darling": self.rejected_anderson_darling,
+            "norm_kurtosis": self.norm_kurtosis,
+            "effective_dimension": self.effective_dimension,
+        }
 
 
 def gradient_gaussianity(
@@ -157,6 +129,11 @@ def gradient_gaussianity(
         _quantiles(single),
         _by_layer(rows, layers or {}, generator, settings),
     )
+
+
+def _named(tests: DirectionTests, prefix: str) -> dict[str, float]:
+    names = ("rejected", "expected", "limit", "p_value")
+    return {f"{prefix}{name}": getattr(tests, name) for name in names}
 
 
 def _tests(

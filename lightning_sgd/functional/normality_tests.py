@@ -90,7 +90,7 @@ def shapiro_wilk(samples: Tensor, dim: int = -1) -> NormalityTest:
     weights = _weights(num).to(rows.device)
     fitted = rows @ weights
     # 1 - W is the rest of a projection; the difference of two numbers near 1 would lose half of the digits.
-    rest = (rows - fitted[..., None] * weights).square().sum(dim=-1)
+    rest = _length(rows.addcmul_(fitted[..., None], weights, value=-1)).squeeze(-1).square()
     return NormalityTest(1 - rest, _p_value_of_rest(rest, num))
 
 
@@ -208,7 +208,8 @@ def _standardized(rows: Tensor) -> Tensor:
 
 
 def _length(vectors: Tensor) -> Tensor:
-    return vectors.square().sum(dim=-1, keepdim=True).sqrt()
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return length
 
 
 @lru_cache(maxsize=32)

@@ -1,7 +1,8 @@
 """torchmetrics ``Metric`` classes, one per file."""
 
+from lightning_sgd.metrics.gradient_gaussianity import GradientGaussianity
 from lightning_sgd.metrics.rank_me import RankMe
 from lightning_sgd.metrics.tail_index import TailIndex
 from lightning_sgd.metrics.weight_rank import WeightRank
 
-__all__ = ["RankMe", "TailIndex", "WeightRank"]
+__all__ = ["GradientGaussianity", "RankMe", "TailIndex", "WeightRank"]
