@@ -50,6 +50,7 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/optimizers.py --method tra
 	$(BIN)/python benchmarks/rank.py
 	$(BIN)/python benchmarks/tail_index.py
+	$(BIN)/python benchmarks/gradient_gaussianity.py
 	$(BIN)/python benchmarks/monitors.py
 	$(BIN)/python benchmarks/local_sgd.py
 	$(BIN)/python benchmarks/byzantine.py

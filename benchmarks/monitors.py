@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sgd import (
     DigitsClassifier,
     DigitsDataModule,
+    GaussianityMonitor,
     GradientErrorMonitor,
     MaSS,
     RankMonitor,
@@ -47,6 +48,7 @@ MONITORS: dict[str, Callable[[], Callback]] = {
     "RankMonitor, with bound": lambda: RankMonitor(save_figure=False, log_bound=True),
     "GradientErrorMonitor, bf16": GradientErrorMonitor,
     "GradientErrorMonitor, topk": lambda: GradientErrorMonitor("topk"),
+    "GaussianityMonitor": lambda: GaussianityMonitor(save_figure=False),
     "TailIndexMonitor": lambda: TailIndexMonitor(save_figure=False),
 }
 

@@ -151,7 +151,8 @@ class GaussianityMonitor(Monitor):
             return {}
         generator = torch.Generator().manual_seed(self.seed)
         layers = sample.layers if self.log_layers else None
-        found = gradient_gaussianity(sample.rows, generator, self.settings, layers)
+        rows = sample.rows[:MAX_SAMPLES]  # ranks may have rounded their number up
+        found = gradient_gaussianity(rows, generator, self.settings, layers)
         self.history.note(trainer.global_step, found, sample.batch_size)
         named = {f"rejected/{name}": share for name, share in found.layers.items()}
         return {f"gaussianity/{name}": value for name, value in (found.values | named).items()}
