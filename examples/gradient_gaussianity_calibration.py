@@ -46,7 +46,7 @@ def student(generator: torch.Generator, *shape: int) -> Tensor:
 
 def factors(generator: torch.Generator) -> Tensor:
     """Three exponential factors, and a little Gaussian noise."""
-    heavy = -torch.rand(NUM_GRADIENTS, 3, generator=generator).log()
+    heavy = torch.empty(NUM_GRADIENTS, 3).exponential_(generator=generator)
     rest = normal(generator, NUM_GRADIENTS, NUM_COORDINATES)
     return heavy @ normal(generator, 3, NUM_COORDINATES) + 0.05 * rest
 
@@ -60,7 +60,7 @@ GAUSSIAN: dict[str, Callable[[torch.Generator], Tensor]] = {
 }
 OTHER: dict[str, Callable[[torch.Generator], Tensor]] = {
     "t(3) by coordinate": lambda g: student(g, *SHAPE),
-    "exponential by coordinate": lambda g: -torch.rand(*SHAPE, generator=g).log(),
+    "exponential by coordinate": lambda g: torch.empty(SHAPE).exponential_(generator=g),
     "rare events by coordinate": lambda g: (torch.rand(*SHAPE, generator=g) < 0.02).float(),
     "multivariate t(3)": lambda g: normal(g, *SHAPE) * student(g, NUM_GRADIENTS, 1),
     "log-normal scale, 0.3": lambda g: (

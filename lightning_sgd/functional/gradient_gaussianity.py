@@ -101,7 +101,7 @@ def gradient_gaussianity(
         >>> normal = torch.randn(64, 2000, generator=generator) * torch.logspace(-2, 2, 2000)
         >>> gradient_gaussianity(normal).verdict
         'Gaussian'
-        >>> light = torch.rand(64, 2000, generator=generator).log()
+        >>> light = torch.empty(64, 2000).exponential_(generator=generator)
         >>> gradient_gaussianity(light).verdict  # sums of independent coordinates hide their law
         'Gaussian on random directions only'
         >>> gradient_gaussianity(normal * torch.logspace(-1, 1, 64)[:, None]).verdict

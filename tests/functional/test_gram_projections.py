@@ -30,7 +30,7 @@ def student(*shape, seed=0):
 ROWS = {
     "Gaussian": lambda: normal(M, D),
     "Student": lambda: student(M, D),
-    "exponential": lambda: -torch.rand(M, D, generator=generator()).double().log(),
+    "exponential": lambda: torch.empty(M, D).double().exponential_(generator=generator()),
     "rare": lambda: (torch.rand(M, D, generator=generator()) < 0.02).double(),
     "multivariate Student": lambda: normal(M, D) * student(M, 1, seed=3),
     "scales": lambda: normal(M, D) * (0.3 * normal(M, 1, seed=3)).exp(),
