@@ -74,6 +74,7 @@ from lightning_sgd.functional.biased_sgd_plan import (
 )
 from lightning_sgd.functional.biased_sgd_sdp import biased_sgd_sdp
 from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
+from lightning_sgd.functional.gaussian_null import DirectionTests
 from lightning_sgd.functional.gaussianity_settings import GaussianitySettings
 from lightning_sgd.functional.gradient_error import fit_error_model
 from lightning_sgd.functional.gradient_gaussianity import (
@@ -164,6 +165,7 @@ __all__ = [
     "DigitsClassifier",
     "DigitsDataModule",
     "DiminishingLR",
+    "DirectionTests",
     "DnC",
     "Exponential",
     "FromGraph",

@@ -285,6 +285,7 @@ CATALOGUE: tuple[Method, ...] = (
             "GradientGaussianity",
             "GaussianityResult",
             "GaussianitySettings",
+            "DirectionTests",
             "NormalityTest",
             "gradient_gaussianity",
             "shapiro_wilk",

@@ -184,7 +184,7 @@ def _share(projections: Tensor, test: TestName, level: float) -> float:
 
 def _quantiles(projections: Tensor) -> tuple[float, ...]:
     """Mean over directions of the sorted projections, each less its mean and over its standard deviation."""
-    ordered = projections.double().cpu().sort(dim=1).values
+    ordered = projections.cpu().double().sort(dim=1).values
     spread = ordered.std(dim=1, keepdim=True)
     usable = (spread > 0).squeeze(1)
     scaled = (ordered - ordered.mean(dim=1, keepdim=True))[usable] / spread[usable]

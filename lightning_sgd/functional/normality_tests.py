@@ -44,9 +44,8 @@ _TURNING_POINT = 5.709 / (2 * 0.0186)
 class NormalityTest(NamedTuple):
     """What a test of normality finds in each row.
 
-    Attributes:
-        statistic: The test statistic.
-        p_value: Probability of one that speaks as much against normality, if the samples are normal.
+    A pair: the test statistic, and the p-value, the probability that normal samples give one that speaks as much
+    against normality.
     """
 
     statistic: Tensor

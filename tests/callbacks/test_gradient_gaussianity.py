@@ -182,6 +182,7 @@ def test_what_was_found_goes_on_after_a_checkpoint(tmp_path):
     state = monitor.state_dict()
     other.load_state_dict(torch.load(_saved(state, tmp_path), weights_only=True))
     assert other.history == monitor.history
+    other.load_state_dict(state)
     other.history.times.append(9)
     assert monitor.history.times == [0, 1]
     assert state["history"]["times"] == [0, 1]

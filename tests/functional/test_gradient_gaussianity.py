@@ -118,7 +118,7 @@ def test_the_level_of_one_direction_is_that_of_the_test():
 def test_gaussian_noise_of_the_calibration_has_the_covariance_of_the_projections():
     from lightning_sgd.functional.gaussian_null import _gaussian_like
 
-    projections = normal(3, 50) * torch.tensor([[1.0], [2.0], [5.0]]) + normal(1, 50, seed=1)
+    projections = normal(3, 50) * torch.tensor([[1.0], [2.0], [5.0]]) + normal(1, 50, seed=1) + 20
     sets = torch.cat(list(_gaussian_like(projections, generator(), 4000)))
     assert sets.shape == (4000, 3, 50)
     together = sets.transpose(0, 1).reshape(3, -1)

@@ -212,10 +212,19 @@ def test_narrow_types_are_summed_in_float64(test, dtype):
 
 
 @EACH
-@pytest.mark.parametrize("scale", [1e-308, 1e-200, 1e200, 1e307])
+@pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e200, 1e307])
 def test_extreme_scales_are_no_obstacle(test, scale):
     x = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert test(scale * x).statistic.item() == pytest.approx(test(x).statistic.item(), rel=1e-6)
+
+
+@EACH
+def test_a_mean_far_away_costs_no_digits(test):
+    # Multiples of 2^-10 around 2^42 are exact in float64; their sum is not.
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x * 1024).round() / 1024
+    for a, b in zip(test(x + 2.0**42), test(x), strict=True):
+        assert a.item() == pytest.approx(b.item(), rel=1e-10)
 
 
 @EACH
