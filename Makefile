@@ -51,6 +51,7 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/rank.py
 	$(BIN)/python benchmarks/tail_index.py
 	$(BIN)/python benchmarks/gradient_sources.py
+	$(BIN)/python benchmarks/gradient_gaussianity.py
 	$(BIN)/python benchmarks/monitors.py
 	$(BIN)/python benchmarks/local_sgd.py
 	$(BIN)/python benchmarks/byzantine.py

@@ -29,6 +29,7 @@ from lightning_sgd import (
     CriticalBatchSizeMonitor,
     DigitsClassifier,
     DigitsDataModule,
+    GaussianityMonitor,
     GradientErrorMonitor,
     MaSS,
     RankMonitor,
@@ -48,6 +49,7 @@ MONITORS: dict[str, Callable[[], Callback]] = {
     "RankMonitor, with bound": lambda: RankMonitor(save_figure=False, log_bound=True),
     "GradientErrorMonitor, bf16": GradientErrorMonitor,
     "GradientErrorMonitor, topk": lambda: GradientErrorMonitor("topk"),
+    "GaussianityMonitor": lambda: GaussianityMonitor(save_figure=False),
     "TailIndexMonitor": lambda: TailIndexMonitor(save_figure=False),
     "CriticalBatchSizeMonitor": lambda: CriticalBatchSizeMonitor(save_figure=False),
 }

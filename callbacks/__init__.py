@@ -3,6 +3,7 @@
 from lightning_sgd.callbacks.byzantine_monitor import ByzantineMonitor
 from lightning_sgd.callbacks.communication_monitor import CommunicationMonitor
 from lightning_sgd.callbacks.critical_batch_size_monitor import CriticalBatchSizeMonitor
+from lightning_sgd.callbacks.gaussianity_monitor import GaussianityMonitor
 from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor
 from lightning_sgd.callbacks.rank_monitor import RankMonitor
 from lightning_sgd.callbacks.tail_index_monitor import TailIndexMonitor
@@ -12,6 +13,7 @@ __all__ = [
     "ByzantineMonitor",
     "CommunicationMonitor",
     "CriticalBatchSizeMonitor",
+    "GaussianityMonitor",
     "GradientErrorMonitor",
     "RankMonitor",
     "TailIndexMonitor",

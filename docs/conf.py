@@ -57,6 +57,7 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(GradientSource|InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod|Verdict)",
     ),
+    (r"py:.*", r"(GaussianityVerdict|TestName)"),
     (r"py:.*", r"(_AX_TYPE|_PLOT_OUT_TYPE|lightning_sgd\.functional\.hogwild\.DiminishingSteps)"),
 ]
 

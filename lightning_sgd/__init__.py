@@ -53,6 +53,7 @@ from lightning_sgd.callbacks import (
     ByzantineMonitor,
     CommunicationMonitor,
     CriticalBatchSizeMonitor,
+    GaussianityMonitor,
     GradientErrorMonitor,
     RankMonitor,
     TailIndexMonitor,
@@ -80,7 +81,14 @@ from lightning_sgd.functional.critical_batch_size import (
     least_squares_constants,
     max_learning_rate,
 )
+from lightning_sgd.functional.gaussian_null import DirectionTests
+from lightning_sgd.functional.gaussianity_settings import GaussianitySettings
 from lightning_sgd.functional.gradient_error import fit_error_model
+from lightning_sgd.functional.gradient_gaussianity import (
+    GaussianityResult,
+    gradient_gaussianity,
+)
+from lightning_sgd.functional.gram_projections import effective_dimension, gram_projections
 from lightning_sgd.functional.hogwild import diminishing_bound
 from lightning_sgd.functional.mass_theory import (
     MaSSHyperParameters,
@@ -90,6 +98,12 @@ from lightning_sgd.functional.mass_theory import (
 )
 from lightning_sgd.functional.mixing import Mixing
 from lightning_sgd.functional.noise_scale import NoiseScale
+from lightning_sgd.functional.normality_tests import (
+    NormalityTest,
+    anderson_darling,
+    jarque_bera,
+    shapiro_wilk,
+)
 from lightning_sgd.functional.partition import partition_by_label
 from lightning_sgd.functional.rank_collapse import spectral_stats
 from lightning_sgd.functional.stable_law import sample_stable
@@ -116,7 +130,13 @@ from lightning_sgd.functional.topologies import (
     Torus,
 )
 from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
-from lightning_sgd.metrics import GradientNoiseScale, RankMe, TailIndex, WeightRank
+from lightning_sgd.metrics import (
+    GradientGaussianity,
+    GradientNoiseScale,
+    RankMe,
+    TailIndex,
+    WeightRank,
+)
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
 from lightning_sgd.strategies import (
@@ -160,13 +180,18 @@ __all__ = [
     "DigitsClassifier",
     "DigitsDataModule",
     "DiminishingLR",
+    "DirectionTests",
     "DnC",
     "Exponential",
     "FromGraph",
     "GaussianAttack",
+    "GaussianityMonitor",
+    "GaussianityResult",
+    "GaussianitySettings",
     "GeometricMedian",
     "GossipPGAStrategy",
     "GradientErrorMonitor",
+    "GradientGaussianity",
     "GradientNoiseScale",
     "GramRule",
     "Hypercube",
@@ -186,6 +211,7 @@ __all__ = [
     "NoEffectWarning",
     "NoiseScale",
     "NonFinite",
+    "NormalityTest",
     "NovoGrad",
     "OnePeerExponential",
     "OptimalFactor",
@@ -210,6 +236,7 @@ __all__ = [
     "TrajectoryRegularization",
     "TrimmedMean",
     "WeightRank",
+    "anderson_darling",
     "batch_size_regime",
     "biased_sgd_bound",
     "biased_sgd_floor",
@@ -222,10 +249,14 @@ __all__ = [
     "dyadic_tail_index",
     "ecf_tail_index",
     "effective_batch_size",
+    "effective_dimension",
     "estimate_condition_numbers",
     "fit_error_model",
     "get_aggregator",
+    "gradient_gaussianity",
+    "gram_projections",
     "hill_tail_index",
+    "jarque_bera",
     "least_squares_constants",
     "log_moment_tail_index",
     "mass_hyperparameters",
@@ -236,5 +267,6 @@ __all__ = [
     "partition_by_label",
     "pickands_tail_index",
     "sample_stable",
+    "shapiro_wilk",
     "spectral_stats",
 ]

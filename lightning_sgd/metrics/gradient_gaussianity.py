@@ -1,0 +1,138 @@
+"""Whether gradients at one point scatter like Gaussian noise, over batches and ranks, as a torchmetrics ``Metric``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_sgd._validation import expect
+from lightning_sgd.functional.gaussian_null import TestName
+from lightning_sgd.functional.gaussianity_settings import GaussianitySettings
+from lightning_sgd.functional.gradient_gaussianity import (
+    GaussianityResult,
+    gradient_gaussianity,
+)
+from lightning_sgd.functional.gradient_sample import Coordinates
+from lightning_sgd.functional.normality_tests import MAX_SAMPLES
+
+if TYPE_CHECKING:
+    from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
+
+
+class GradientGaussianity(Metric):
+    """Share of random directions in which gradients since the last reset do not scatter like a Gaussian.
+
+    Gaussian noise has about ``level`` of them, more or less as its directions depend on each other: :meth:`result`
+    gives the share that it has at most, the calibrated p-value, the tests by coordinate and the verdict of
+    :func:`~lightning_sgd.gradient_gaussianity`. Gradients must be taken at the same weights. Kept are all of them, in
+    ``num_coordinates`` coordinates; ranks put theirs together.
+
+    Args:
+        num_directions: Random directions, and as many coordinates [R].
+        test: Test on one direction: ``"shapiro_wilk"``, ``"anderson_darling"`` or ``"jarque_bera"``.
+        level: Level of the test on one direction.
+        false_alarm_rate: How often the verdict on Gaussian noise may be another.
+        num_bootstraps: Samples of Gaussian noise for the calibration [B].
+        num_coordinates: About how many coordinates to keep, spread evenly; ``None`` for all.
+        seed: Decides on coordinates, directions and calibration.
+        **kwargs: Settings of every ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> metric, generator = GradientGaussianity(), torch.Generator().manual_seed(0)
+        >>> for _ in range(100):
+        ...     metric.update(torch.randn(3000, generator=generator))
+        >>> round(metric.compute().item(), 1), metric.result().verdict
+        (0.1, 'Gaussian')
+
+    Reference:
+        Panigrahi et al., https://arxiv.org/abs/1910.09626
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    rows: Tensor | list[Tensor]  # one tensor once ranks are combined
+
+    def __init__(
+        self,
+        num_directions: int = 256,
+        test: TestName = "shapiro_wilk",
+        level: float = 0.05,
+        false_alarm_rate: float = 0.01,
+        num_bootstraps: int = 199,
+        num_coordinates: int | None = 131072,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        remedy = "None keeps all."
+        enough = num_coordinates is None or num_coordinates >= 1
+        expect(enough, "num_coordinates", "at least 1", num_coordinates, remedy)
+        self.settings = GaussianitySettings(
+            num_directions, test, level, false_alarm_rate, num_bootstraps
+        )
+        self.num_coordinates, self.seed = num_coordinates, seed
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, gradients: Tensor) -> None:
+        """Add gradients.
+
+        Args:
+            gradients: One of shape (coordinates,), or one in each row.
+        """
+        rows = gradients.detach()
+        rows = rows[None] if rows.ndim == 1 else rows
+        remedy = "Flatten each gradient, and give it a row."
+        expect(rows.ndim == 2, "gradients", "of shape (m, d)", tuple(gradients.shape), remedy)
+        num = len(rows) + sum(map(len, self.rows))
+        remedy = "The p-values of the tests are not valid for more; reset before."
+        expect(num <= MAX_SAMPLES, "gradients", f"at most {MAX_SAMPLES} in all", num, remedy)
+        assert isinstance(self.rows, list)
+        self.rows.append(self._kept(rows))
+
+    def result(self) -> GaussianityResult:
+        """Tests, calibration and verdict for what this rank has seen."""
+        rows = self.rows if isinstance(self.rows, Tensor) else torch.cat(self.rows or [_NOTHING])
+        generator = torch.Generator().manual_seed(self.seed)
+        return gradient_gaussianity(rows, generator, self.settings)
+
+    def compute(self) -> Tensor:
+        """The share; NaN for fewer than 20 gradients, or if all are equal."""
+        return torch.tensor(self.result().random.rejected, device=self.device)
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """Of each row the coordinates that are kept; a copy."""
+        if self.num_coordinates is None:
+            return rows.clone()
+        coordinates = Coordinates({"": rows.shape[1]}, self.num_coordinates, self.seed)
+        return torch.stack([coordinates.of([row]) for row in rows])
+
+    def plot(
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None
+    ) -> _PLOT_OUT_TYPE:
+        """Plot one value, or several over time.
+
+        Args:
+            val: A result of ``forward`` or ``compute``, or a list of them; by default the current one.
+            ax: A matplotlib axis to draw on; by default a new figure.
+
+        Returns:
+            Figure and axis.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        return self._plot(val, ax)
+
+
+_NOTHING = torch.empty(0, 0)
