@@ -82,9 +82,17 @@ class CaughtSteps:
             trainer: Before a batch.
             batch_idx: Of the batch.
         """
-        num_batches = trainer.accumulate_grad_batches
-        num = trainer.world_size * (num_batches if self.source == "microbatches" else 1)
-        return batch_idx % num_batches == 0 and num > 1 and _ranks_agree(trainer)
+        begins = batch_idx % trainer.accumulate_grad_batches == 0
+        return begins and self.num_gradients(trainer) > 1 and _ranks_agree(trainer)
+
+    def num_gradients(self, trainer: Trainer) -> int:
+        """How many gradients a step has, on all ranks.
+
+        Args:
+            trainer: Knows ranks and accumulated batches.
+        """
+        each = trainer.accumulate_grad_batches if self.source == "microbatches" else 1
+        return trainer.world_size * each
 
     def begin(self, trainer: Trainer, params: list[nn.Parameter], columns: Columns) -> None:
         """Catch the gradients of the step that begins now, if that has not been done for another monitor.

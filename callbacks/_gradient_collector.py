@@ -130,26 +130,20 @@ class GradientCollector:
             trainer: Knows ranks and accumulated batches.
             pl_module: The module.
         """
-        num, ranks, k = (
-            self.coordinates(pl_module).num_coordinates,
-            trainer.world_size,
-            trainer.accumulate_grad_batches,
-        )
-        of_ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
-        what, rows, caught = {
-            "extra": (
-                f"{self.num_gradients} gradients of batches of its own",
-                self.num_gradients,
-                0,
-            ),
-            "microbatches": (
-                f"gradients of the {k} micro-batches of a step{of_ranks}",
-                k * ranks,
-                k,
-            ),
-            "ranks": (f"the gradients of a step on {ranks} ranks", ranks, k),
-        }[self.source]
-        wide = wide_dtype(pl_module.parameters()).itemsize
+        num, ranks = self.coordinates(pl_module).num_coordinates, trainer.world_size
+        k, wide = trainer.accumulate_grad_batches, wide_dtype(pl_module.parameters()).itemsize
+        if self.steps is None:
+            rows, caught = self.num_gradients, 0
+            what = f"{rows} gradients of batches of its own"
+        else:
+            rows, caught = self.steps.num_gradients(trainer), k
+            of_ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
+            what = f"gradients of the {k} micro-batches of a step{of_ranks}"
+            what = (
+                what
+                if self.source == "microbatches"
+                else f"the gradients of a step on {ranks} ranks"
+            )
         unit = "numbers of a sketch" if self.sketch else "coordinates"
         return f"{what}, {num} {unit}, {1e-6 * wide * (rows + caught) * num:.3g} MB"
 

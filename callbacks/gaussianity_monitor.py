@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +13,8 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._gaussianity_figure import STEM, draw_gaussianity
-from lightning_sgd.callbacks._gradient_collector import GradientCollector
-from lightning_sgd.callbacks._monitor import Monitor
-from lightning_sgd.callbacks._rank_figure import publish
+from lightning_sgd.callbacks._gradient_collector import GradientCollector, GradientSource
+from lightning_sgd.callbacks._gradient_monitor import GradientMonitor
 from lightning_sgd.functional.gaussian_null import TestName
 from lightning_sgd.functional.gaussianity_history import GaussianityHistory
 from lightning_sgd.functional.gaussianity_settings import GaussianitySettings
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class GaussianityMonitor(Monitor):
+class GaussianityMonitor(GradientMonitor):
     r"""Logs in how many directions gradient noise is not Gaussian, beside how many Gaussian noise would have.
 
     At the weights as they are, gradients :math:`g_i` of batches of its own are taken. Their noise
@@ -78,9 +74,12 @@ class GaussianityMonitor(Monitor):
             never stretches it.
         save_figure: Save a figure in the log folder at the end, and hand it to loggers that take figures; needs the
             extra ``report``.
+        source: Where the gradients come from: ``extra`` are passes over batches of its own; ``microbatches`` are the
+            ``accumulate_grad_batches`` gradients of one step on all ranks, ``ranks`` the gradient of each rank in one
+            step. The last two cost no pass, but a step must have 20 gradients or more.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the source has one gradient only.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -109,6 +108,7 @@ class GaussianityMonitor(Monitor):
         every_n_epochs: int | None = None,
         max_overhead: float | None = 0.02,
         save_figure: bool = True,
+        source: GradientSource = "extra",
     ) -> None:
         steps = 500 if every_n_steps is None and every_n_epochs is None else every_n_steps
         super().__init__(steps, every_n_epochs, max_overhead)
@@ -120,7 +120,7 @@ class GaussianityMonitor(Monitor):
             num_directions, test, level, false_alarm_rate, num_bootstraps
         )
         self.collector = GradientCollector(
-            num_batches, num_coordinates, batch_size, train_mode, loss_fn, seed
+            num_batches, num_coordinates, batch_size, train_mode, loss_fn, seed, source
         )
         self.log_layers, self.seed, self.save_figure = log_layers, seed, save_figure
         self._interval = (steps, every_n_epochs)
@@ -129,11 +129,7 @@ class GaussianityMonitor(Monitor):
     @property
     def state_key(self) -> str:
         """Tells instances with different settings apart in a checkpoint."""
-        settings = {
-            **self.collector.settings,
-            **asdict(self.settings),
-            "loss_fn": getattr(self.collector.loss_fn, "__name__", None),
-        }
+        settings = {**self._settings_of_collector(), **asdict(self.settings)}
         return self._generate_state_key(**settings, interval=list(self._interval))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,19 +137,17 @@ class GaussianityMonitor(Monitor):
         if not self._restored:
             self.history = GaussianityHistory()
         super().on_fit_start(trainer, pl_module)
-        self.collector = self.collector.shared(trainer)
-        self.collector.forget()
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
         """Collect gradients, and test the noise in them."""
         sample = self.collector.sample(trainer, pl_module)
-        if sample is None:
+        if sample is None or len(sample.rows) < MIN_GRADIENTS:
             return {}
         generator = torch.Generator().manual_seed(self.seed)
         layers = sample.layers if self.log_layers else None
         rows = sample.rows[:MAX_SAMPLES]  # ranks may have rounded their number up
         found = gradient_gaussianity(rows, generator, self.settings, layers)
-        self.history.note(trainer.global_step, found, sample.batch_size)
+        self.history.note(sample.step, found, sample.batch_size)
         named = {f"rejected/{name}": share for name, share in found.layers.items()}
         return {f"gaussianity/{name}": value for name, value in (found.values | named).items()}
 
@@ -162,22 +156,21 @@ class GaussianityMonitor(Monitor):
         obstacle = self.collector.obstacle(trainer, pl_module)
         if obstacle is not None:
             return f"nothing can be tested, because {obstacle}"
-        num = self.collector.coordinates(pl_module).num_coordinates
-        rows, tests = self.collector.num_gradients, self.settings.num_directions
-        return (
-            f"{rows} gradients of batches of its own, {num} coordinates, {4e-6 * rows * num:.3g} MB, "
-            f"{tests} random directions and {min(tests, num)} coordinates tested"
-        )
+        tests = self.settings.num_directions
+        num = min(tests, self.collector.coordinates(pl_module).num_coordinates)
+        gathered = self.collector.describe(trainer, pl_module)
+        few = "" if self._has_enough(trainer) else f", too few to test, which takes {MIN_GRADIENTS}"
+        return f"{gathered}, {tests} random directions and {num} coordinates tested{few}"
+
+    def _has_enough(self, trainer: Trainer) -> bool:
+        steps = self.collector.steps
+        return steps is None or steps.num_gradients(trainer) >= MIN_GRADIENTS
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Verdict with its reason, and since when; saves the figure."""
         if not self.history.times:
             return "no gradient noise was tested."
-        return f"{self.history.in_words(self.settings)}{self._save_figure(trainer)}"
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free the gradients."""
-        self.collector.forget()
+        return f"{self.history.in_words(self.settings)}{self._figure(trainer)}"
 
     def plot(self) -> Figure:
         """QQ plot of the last look, and the share of rejected directions over time.
@@ -196,15 +189,6 @@ class GaussianityMonitor(Monitor):
         super().load_state_dict(state_dict)
         self.history = GaussianityHistory(**copy.deepcopy(state_dict["history"]))
 
-    def _save_figure(self, trainer: Trainer) -> str:
-        """Draw and publish the figure; what to say about it."""
-        finite = any(math.isfinite(value) for value in self.history.values.get("rejected", []))
-        if not (self.save_figure and finite) or getattr(trainer, "fast_dev_run", False):
-            return ""
-        # On all ranks, because a logger may ask the first one for its folder.
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero:
-            return ""
-        if find_spec("matplotlib") is None:
-            return " No figure: pip install 'lightning-sgd[report]'."
-        return f" Figure: {publish(self.plot(), folder, trainer, STEM, 'gaussianity/quantiles')}"
+    def _figure(self, trainer: Trainer) -> str:
+        rejected = self.history.values.get("rejected", []) if self.save_figure else []
+        return self._save_figure(trainer, rejected, STEM, "gaussianity/quantiles")

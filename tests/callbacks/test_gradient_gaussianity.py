@@ -129,6 +129,29 @@ def test_monitors_of_noise_share_their_gradients(tmp_path):
     assert pair[0].collector is pair[1].collector
 
 
+@pytest.mark.parametrize("law", ["Gaussian", "not Gaussian"])
+def test_micro_batches_of_a_step_are_tested_without_passes_of_their_own(tmp_path, law):
+    # The step of 100 batches, of one sample each, is known to the last number: these very samples, in their order.
+    monitor = watch(source="microbatches", every_n_steps=1, num_coordinates=None)
+    found = fit_noise(tmp_path, monitor, law, accumulate_grad_batches=100)
+    generator = torch.Generator().manual_seed(0)
+    expected = gradient_gaussianity(LAWS[law]()[:100], generator, monitor.settings)
+    assert expected.verdict == law
+    assert monitor.history.verdicts == [law]
+    for name, value in expected.values.items():
+        assert found[f"gaussianity/{name}"] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def test_a_step_with_too_few_gradients_is_not_tested(tmp_path, caplog):
+    monitor = watch(source="microbatches", every_n_steps=1)
+    with caplog.at_level(logging.INFO):
+        fit_noise(tmp_path, monitor, "Gaussian", accumulate_grad_batches=19)
+    first, last = lines_of(caplog)
+    assert "19 micro-batches of a step" in first
+    assert "too few to test, which takes 20" in first
+    assert last == "GaussianityMonitor: no gradient noise was tested."
+
+
 # What is said
 
 
