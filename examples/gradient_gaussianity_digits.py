@@ -24,12 +24,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_sgd import GaussianitySettings, gradient_gaussianity
+from lightning_sgd import GaussianitySettings, gradient_gaussianity, shapiro_wilk
 
 STEPS, BATCH_SIZES = (0, 200, 1000, 3000), (4, 32, 128, 256, 512)
 NUM_GRADIENTS, NUM_DIRECTIONS = 256, 512
 LR, TRAINING_BATCH = 0.1, 32
 SETTINGS = GaussianitySettings(num_directions=NUM_DIRECTIONS)
+INK = (0, 0.02, 0.1, 0.3, 0.7, 1)
 COLORS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
 
 
@@ -146,6 +147,24 @@ def measure(name: str, net: nn.Module, x: Tensor, y: Tensor, step: int) -> Itera
         )
         numbers = (round(value, 4) for value in values)
         yield Row(name, step, round(accuracy, 4), size, *numbers, real.verdict)
+
+
+def by_ink() -> Table:
+    """Share of coordinates rejected in the first layer of the untrained MLP, by how many images have ink at a pixel."""
+    x, y = load_digits()
+    torch.manual_seed(0)
+    size = BATCH_SIZES[-1]
+    rows = gradients(mlp(), x, y, size, torch.Generator().manual_seed(size))
+    p_values = shapiro_wilk(rows[:, : 64 * 64], dim=0).p_value.view(64, 64)
+    ink = (x > 0).double().mean(dim=0)
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for header in ("images with ink at the pixel", "pixels", "rejected"):
+        table.add_column(header, justify="right")
+    for low, high in pairwise(INK):
+        found = p_values[:, (ink > low) & (ink <= high)]
+        share = float((found[found.isfinite()] < SETTINGS.level).double().mean())
+        table.add_row(f"{low:.0%} to {high:.0%}", str(found.shape[1]), f"{share:.0%}")
+    return table
 
 
 def run(name: str, steps: Sequence[int]) -> list[Row]:
@@ -266,6 +285,9 @@ def main() -> None:
     (options.output / "gradient_gaussianity_digits.json").write_text(numbers + "\n")
     save_table(options.output / "gradient_gaussianity_digits.md", table)
     if not options.quick:
+        ink = by_ink()
+        Console(width=140).print(ink)
+        save_table(options.output / "gradient_gaussianity_ink.md", ink)
         draw(options.output / "gradient_gaussianity_digits.svg", rows)
     print(f"Written to {options.output}")
 
