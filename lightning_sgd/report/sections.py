@@ -74,8 +74,7 @@ def in_words(name: str) -> str:
     """
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", name)
     lower = [word if word.isupper() and len(word) > 1 else word.lower() for word in words]
-    text = " ".join(lower)
-    return text[:1].upper() + text[1:]
+    return _capitalised(" ".join(lower))
 
 
 def purpose_of(plugin: str) -> str:
@@ -106,8 +105,8 @@ def sections(metrics: Mapping[str, Series], findings: Mapping[str, Any]) -> list
         patterns = known[name].metric_keys if name in known else ()
         section = Section(
             name,
-            said.get(name, {}).get("start", ""),
-            said.get(name, {}).get("end", ""),
+            _capitalised(said.get(name, {}).get("start", "")),
+            _capitalised(said.get(name, {}).get("end", "")),
             {key: series for key, series in metrics.items() if _belongs(key, patterns)},
             {key: file for key, file in figures.items() if _family(key) in _families(patterns)},
         )
@@ -172,6 +171,10 @@ def others(metrics: Mapping[str, Series], taken: Iterable[Section]) -> dict[str,
     """
     gone = {key for section in taken for key in section.metrics}
     return {key: series for key, series in metrics.items() if key not in gone}
+
+
+def _capitalised(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _plugins() -> dict[str, Plugin]:
