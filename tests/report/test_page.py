@@ -114,7 +114,7 @@ def test_every_monitor_has_a_section_with_what_it_found(page):
         assert (
             page.count(f"{name} found α &lt; 2 &amp; more") == 2
         )  # at the top, and in its section
-    assert "saw nothing" in page
+    assert "Saw nothing" in page
     assert "2 ranks on cpu" in page
     assert "Rank monitor" in page
     assert "Logs how the rank of weight matrices falls during training." in page
