@@ -242,7 +242,7 @@ CATALOGUE: tuple[Method, ...] = (
     ),
     Method(
         key="gradient_gaussianity",
-        title="Gaussianity of gradient noise",
+        title="Gaussianity",
         summary="Tests whether gradient noise is Gaussian, against what Gaussian noise of its covariance would give.",
         use_when="A theory or a rule for batch sizes supposes Gaussian gradient noise, and you want to see if it is.",
         paper=Paper(

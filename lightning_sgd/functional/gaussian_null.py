@@ -92,10 +92,9 @@ def direction_tests(
         (True, True, 0.01)
     """
     varies = (projections != projections[:, :1]).any(dim=1)
-    usable, num_constant = projections[varies].float(), int((~varies).sum())
+    usable, num_constant = _scaled(projections[varies]), int((~varies).sum())
     if not len(usable) or not bool(usable.isfinite().all()):
         return DirectionTests(num_constant=num_constant)
-    usable = usable / usable.abs().amax(dim=1, keepdim=True)  # float32 has no room for all scales
     share, statistic = _shares(usable[None], test, level)
     null = [
         _shares(noise, test, level) for noise in _gaussian_like(usable, generator, num_bootstraps)
@@ -114,6 +113,12 @@ def direction_tests(
     )
 
 
+def _scaled(projections: Tensor) -> Tensor:
+    """Centered and at most 1 before they become float32, which has room for neither large means nor all scales."""
+    centered = projections - projections.mean(dim=1, keepdim=True)
+    return (centered / centered.abs().amax(dim=1, keepdim=True)).float()
+
+
 def _limit(shares: Tensor, rate: float) -> float:
     """The share above which the calibrated p-value is at most ``rate``; infinite if no share is."""
     rank = math.floor(rate * (len(shares) + 1) * (1 + 1e-9))
@@ -129,11 +134,10 @@ def _shares(projections: Tensor, test: TestName, level: float) -> tuple[Tensor, 
 def _gaussian_like(
     projections: Tensor, generator: torch.Generator, num_sets: int
 ) -> Iterator[Tensor]:
-    """Sets of projections (b, R, m) of Gaussian vectors with the covariance of these."""
+    """Sets of projections (b, R, m) of Gaussian vectors with the covariance of these, which are centered."""
     num = projections.shape[1]
     batch = max(1, BATCH // projections.numel())
-    centered = projections - projections.mean(dim=1, keepdim=True)
     for begin in range(0, num_sets, batch):
         size = min(batch, num_sets - begin)
         normal = torch.randn(size, num, num, generator=generator)
-        yield centered @ normal.to(projections.device)
+        yield projections @ normal.to(projections.device)
