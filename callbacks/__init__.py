@@ -3,6 +3,7 @@
 from lightning_sgd.callbacks.byzantine_monitor import ByzantineMonitor
 from lightning_sgd.callbacks.communication_monitor import CommunicationMonitor
 from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor
+from lightning_sgd.callbacks.priority_sampling import PrioritySampling
 from lightning_sgd.callbacks.rank_monitor import RankMonitor
 from lightning_sgd.callbacks.tail_index_monitor import TailIndexMonitor
 from lightning_sgd.callbacks.trajectory_regularization import TrajectoryRegularization
@@ -11,6 +12,7 @@ __all__ = [
     "ByzantineMonitor",
     "CommunicationMonitor",
     "GradientErrorMonitor",
+    "PrioritySampling",
     "RankMonitor",
     "TailIndexMonitor",
     "TrajectoryRegularization",

@@ -53,6 +53,7 @@ from lightning_sgd.callbacks import (
     ByzantineMonitor,
     CommunicationMonitor,
     GradientErrorMonitor,
+    PrioritySampling,
     RankMonitor,
     TailIndexMonitor,
     TrajectoryRegularization,
@@ -111,6 +112,14 @@ from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
 from lightning_sgd.metrics import RankMe, TailIndex, WeightRank
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
+from lightning_sgd.sampling import (
+    InBatchSelection,
+    Presampling,
+    PriorityBatchSampler,
+    PrioritySampler,
+    SumTree,
+    priority_mean,
+)
 from lightning_sgd.strategies import (
     ByzantineStrategy,
     GossipPGAStrategy,
@@ -160,6 +169,7 @@ __all__ = [
     "GradientErrorMonitor",
     "GramRule",
     "Hypercube",
+    "InBatchSelection",
     "Krum",
     "LabelFlip",
     "LocalSGDStrategy",
@@ -182,6 +192,10 @@ __all__ = [
     "Phocas",
     "PreAggregated",
     "PreAggregator",
+    "Presampling",
+    "PriorityBatchSampler",
+    "PrioritySampler",
+    "PrioritySampling",
     "RankMe",
     "RankMonitor",
     "ResumableDataLoader",
@@ -189,6 +203,7 @@ __all__ = [
     "SignFlip",
     "SpectralFilter",
     "StepBound",
+    "SumTree",
     "TRAdam",
     "TailIndex",
     "TailIndexMonitor",
@@ -220,6 +235,7 @@ __all__ = [
     "optimal_step",
     "partition_by_label",
     "pickands_tail_index",
+    "priority_mean",
     "sample_stable",
     "spectral_stats",
 ]

@@ -34,6 +34,10 @@ ScoreFunction: TypeAlias = Callable[[Any, Tensor], Tensor]
 SCORE_NAMES: tuple[ScoreName, ...] = ("grad_norm_bound", "last_layer", "loss", "grad_norm", "rho")
 
 
+class NeedsGraph(Exception):  # noqa: N818  # a signal, not an error
+    """Raised where a score needs gradients that are switched off."""
+
+
 class LossRecorder:
     """Listens to one training step.
 
@@ -161,8 +165,10 @@ class LossRecorder:
         assert losses is not None
         if self.score == "grad_norm":
             return parameter_gradient_score(losses, self.params)
-        if self.score in ("loss", "rho") or outputs is None or not torch.is_grad_enabled():
+        if self.score in ("loss", "rho") or outputs is None:
             return losses
+        if not torch.is_grad_enabled():
+            raise NeedsGraph
         score = output_gradient_score(losses, outputs)
         return self._with_inputs(score, outputs) if self.score == "last_layer" else score
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -110,6 +110,8 @@ class PrioritySampler(DistributedSampler[int]):
         """What was drawn and not taken yet."""
         self.num_not_finite = 0
         """How many scores were NaN or infinite."""
+        self.before_epoch: Callable[[int], None] | None = None
+        """Called with the number of an epoch before its first draw, but not when one goes on."""
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn_epoch, self._num_drawn = -1, 0
         self._resumes = False
@@ -209,6 +211,8 @@ class PrioritySampler(DistributedSampler[int]):
             return list(self.pending)
         self.pending.clear()
         self._drawn_epoch, self._num_drawn = self.epoch, 0
+        if self.before_epoch is not None:
+            self.before_epoch(self.epoch)
         self.table.rebuild(self.num_batches)
         return []
 
