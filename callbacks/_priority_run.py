@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_sgd.callbacks._priority_history import PriorityHistory
+from lightning_sgd.callbacks._priority_listener import LossListener
 from lightning_sgd.callbacks._priority_step import (
     all_gathered,
     same_batch,
@@ -25,12 +26,10 @@ from lightning_sgd.functional.priority_sampling import (
 from lightning_sgd.functional.sample_losses import NAMES
 from lightning_sgd.sampling import Draw, PrioritySampler
 from lightning_sgd.sampling.loss_recorder import (
-    Listening,
     LossRecorder,
     NeedsGraph,
     ScoreFunction,
     ScoreName,
-    recording,
 )
 from lightning_sgd.sampling.priority_table import UNKNOWN
 from lightning_sgd.sampling.selection import Selection
@@ -61,6 +60,7 @@ class PriorityRun:
         self.selection, self.irreducible = selection, irreducible
         if selection is not None:
             selection.prepare(sampler.batch_size)
+        self.listener = LossListener(module)
         self.history = PriorityHistory()
         self.classes = torch.full((sampler.num_in_dataset,), -1, dtype=torch.int32)
         self.num_batches = self.num_by_priority = self.num_rows = self.num_trained = 0
@@ -142,7 +142,7 @@ class PriorityRun:
         """
         try:
             with torch.set_grad_enabled(self._needs_graph):
-                return self._found(*self._listen(step, batch, num_rows, None))
+                return self._found(*self._listen(step, batch, num_rows, None, is_trial=True))
         except NeedsGraph:
             self._needs_graph = True
             return self.measured(step, batch, num_rows)
@@ -211,19 +211,23 @@ class PriorityRun:
         return output
 
     def _listen(
-        self, step: Callable[[Any], Any], batch: Any, num_rows: int, weights: Tensor | None
+        self,
+        step: Callable[[Any], Any],
+        batch: Any,
+        num_rows: int,
+        weights: Tensor | None,
+        is_trial: bool = False,
     ) -> tuple[LossRecorder, Any]:
-        params = [p for p in self.module.parameters() if p.requires_grad]
+        exact = self.score == "grad_norm"
+        params = [p for p in self.module.parameters() if p.requires_grad] if exact else []
         recorder = LossRecorder(num_rows, self.score, weights, batch, params)
-        with recording(recorder), Listening(recorder):
-            output = step(batch)
-        return recorder, output
+        return recorder, self.listener.run(step, batch, recorder, is_trial)
 
     def _found(self, recorder: LossRecorder, output: Any) -> Tensor:
         if recorder.scores is not None:
             self._note_classes(recorder)
             return recorder.scores
-        if output is None:  # the module skips this step
+        if output is None or recorder.was_missed:  # the module skips this step
             return torch.full((recorder.num_samples,), UNKNOWN, device=self.module.device)
         rows = ", ".join(map(str, sorted(recorder.other_rows)))
         raise RuntimeError(

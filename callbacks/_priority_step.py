@@ -39,6 +39,8 @@ class Loan:
         def call(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
+        # Lightning looks one wrapper deep for the signature.
+        call.__wrapped__ = getattr(original, "__wrapped__", original)
         self.replace_attribute(owner, name, call)
 
     def give_back(self) -> None:

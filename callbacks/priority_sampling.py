@@ -146,6 +146,12 @@ class PrioritySampling(Callback):
             "top": top,
         }
         self._validate()
+        name = score if isinstance(score, str) else score.__name__
+        rule = None if selection is None else type(selection).__name__
+        # Lightning asks for it in every hook.
+        self._state_key = self._generate_state_key(
+            score=name, beta=beta, selection=rule, seed=seed, **self.settings
+        )
         self.run: PriorityRun | None = None
         self._loan = Loan()
         self._restored: dict[str, Any] | None = None
@@ -154,11 +160,7 @@ class PrioritySampling(Callback):
     @property
     def state_key(self) -> str:
         """Tells instances with different settings apart in a checkpoint."""
-        score = self.score if isinstance(self.score, str) else self.score.__name__
-        rule = None if self.selection is None else type(self.selection).__name__
-        return self._generate_state_key(
-            score=score, beta=self.beta, selection=rule, seed=self.seed, **self.settings
-        )
+        return self._state_key
 
     # Set-up.
 
@@ -250,11 +252,11 @@ class PrioritySampling(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give back what was borrowed."""
-        self._loan.give_back()
+        self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give back what was borrowed."""
-        self._loan.give_back()
+        self._release()
 
     def plot(self) -> Figure:
         """Spread of the probabilities over time, and how much the likeliest samples get.
@@ -286,6 +288,11 @@ class PrioritySampling(Callback):
         return {**self.__dict__, "run": None, "_loan": Loan(), "_restored": None}
 
     # Small things.
+
+    def _release(self) -> None:
+        self._loan.give_back()
+        if self.run is not None:
+            self.run.listener.stop()
 
     @property
     def _running(self) -> PriorityRun:

@@ -126,8 +126,12 @@ def _pull(
             masses = masses * (1 - label_smoothing) + label_smoothing / target.shape[1]
         masses = masses if weight is None else masses * _of_classes(weight, masses)
         return probabilities * masses.sum(dim=1, keepdim=True) - masses
+    index = target.unsqueeze(1)
+    if weight is None and not label_smoothing and _has_no_holes(target, ignore_index):
+        minus = torch.full((1, 1), -1.0, dtype=probabilities.dtype)
+        return probabilities.scatter_add_(1, index, minus.expand(index.shape))
     counts = (target != ignore_index).unsqueeze(1)
-    index = target.unsqueeze(1).where(counts, 0)
+    index = index.where(counts, 0)
     if weight is None and not label_smoothing:
         ones = torch.ones((), dtype=probabilities.dtype, device=probabilities.device)
         return probabilities.scatter_add_(1, index, -ones.expand(index.shape)).mul_(counts)
@@ -135,6 +139,12 @@ def _pull(
     masses.scatter_add_(1, index, torch.full_like(masses[:, :1], 1 - label_smoothing))
     masses = masses if weight is None else masses * _of_classes(weight, masses)
     return (probabilities * masses.sum(dim=1, keepdim=True) - masses) * counts
+
+
+def _has_no_holes(target: Tensor, ignore_index: int) -> bool:
+    """Whether that is seen at once, without a wait for a GPU."""
+    is_simple = target.ndim == 1 and ignore_index < 0 and target.device.type == "cpu"
+    return is_simple and int(target.numpy().min()) >= 0
 
 
 def _of_classes(weight: Tensor, like: Tensor) -> Tensor:

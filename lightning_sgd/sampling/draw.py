@@ -51,6 +51,8 @@ class Draw:
         if self.is_uniform or beta == 0.0:
             return None
         weights = importance_weights(self.probabilities, num_samples, beta)
+        if norm == "none":
+            return weights.float()
         largest = (num_samples * self.smallest_probability) ** -beta if norm == "max" else 1.0
         return normalized_weights(weights, norm, largest).float()
 

@@ -61,6 +61,8 @@ class LossRecorder:
         self.batch, self.params = batch, list(params)
         self.classes: Tensor | None = None
         self.num_losses = 0
+        self.inputs: list[Tensor] = []
+        self.was_missed = False
         self.other_rows: set[int] = set()
         self._found: list[Tensor] = []
         self._unreduced: dict[int, tuple[Tensor, LossFunction, LossRule, Arguments]] = {}
@@ -95,8 +97,10 @@ class LossRecorder:
             return function(*args, **kwargs)
         if reduction == "none":
             losses = function(*args, **kwargs)
+            self.inputs.append(arguments["input"])
             self._unreduced[id(losses)] = (losses, function, rule, arguments)
             return losses
+        self.inputs.append(arguments["input"])
         apart = self._apart(function, rule, arguments)
         self._note(function, rule, arguments, apart)
         if self.weights is None or apart is None:
@@ -221,6 +225,29 @@ class Listening(TorchFunctionMode):
 
 
 _ACTIVE: list[LossRecorder] = []
+
+
+class Overheard(Tensor):
+    """Outputs of a network on their way to a loss, which they take to the recorder of the step.
+
+    What is computed from them is overheard too, and everything else as fast as ever.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Let everything but losses pass."""
+        rule = RULES.get(func)
+        if rule is None or not _ACTIVE:
+            default: Any = super().__torch_function__
+            return default(func, types, args, dict(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return _ACTIVE[-1].call(func, rule, args, kwargs or {})
 
 
 @contextmanager

@@ -177,7 +177,7 @@ class PrioritySampler(DistributedSampler[int]):
         """
         num = len(draw.indices) - draw.num_padded
         indices = draw.indices[:num]
-        self.table.is_drawn[indices] = True
+        self.table.is_drawn.numpy()[indices.numpy()] = True
         self.num_not_finite += self.table.update(indices, scores[:num])
 
     def probabilities(self, indices: Tensor | None = None) -> Tensor:

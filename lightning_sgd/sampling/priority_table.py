@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from lightning_sgd.functional.priority_sampling import (
     top_fraction,
 )
 from lightning_sgd.sampling.sum_tree import SumTree, uniform_numbers
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Order: TypeAlias = Literal["proportional", "rank", "top"]
 Unseen: TypeAlias = Literal["mean", "max"]
@@ -97,19 +101,24 @@ class PriorityTable:
             generator: Source of randomness.
             stratified: Whether to draw one from each of equal parts of the probability.
         """
-        numbers = torch.from_numpy(uniform_numbers(num, generator, stratified))
-        mix = self._uniform_share
-        last = self.num_samples - 1  # rounding may come to one more
+        numbers = uniform_numbers(num, generator, stratified)
+        mix, total, last = self._uniform_share, self.tree.total, self.num_samples - 1
         if mix == 1.0:
-            indices = (numbers * self.num_samples).long().clamp(max=last)
+            indices = (numbers * self.num_samples).astype(np.int64)
         else:
-            indices = self.tree.find((numbers - mix) * (self.tree.total / (1 - mix)))
+            indices = self.tree.find_array((numbers - mix) * (total / (1 - mix)))
             if mix > 0:
-                uniform = (numbers * (self.num_samples / mix)).long().clamp(max=last)
-                indices = torch.where(numbers < mix, uniform, indices)
+                uniform = (numbers * (self.num_samples / mix)).astype(np.int64)
+                indices = np.where(numbers < mix, uniform, indices)
+        indices = np.minimum(indices, last)  # rounding may come to one more
         if stratified:
-            indices = indices[torch.randperm(num, generator=generator)]
-        return indices, self.probabilities(indices)
+            indices = indices[torch.randperm(num, generator=generator).numpy()]
+        if mix == 1.0:
+            probabilities = np.full(num, 1 / self.num_samples)
+        else:
+            values = self.tree.weights.numpy()[indices]
+            probabilities = values * ((1 - mix) / total) + mix / self.num_samples
+        return torch.from_numpy(indices), torch.from_numpy(probabilities)
 
     def probabilities(self, indices: Tensor | None = None) -> Tensor:
         """With which these samples would be drawn now, or all of them, float64."""
@@ -143,24 +152,23 @@ class PriorityTable:
             How many were neither finite nor ``-inf``.
         """
         self.num_updates += 1
-        scores = scores.float()
-        bad = 0
-        if not bool(torch.isfinite(scores).all()):
-            known = scores != UNKNOWN
-            indices, scores = indices[known], scores[known]
-            finite = torch.isfinite(scores)
-            bad = int((~finite).sum())
-            scores = scores.where(finite, self._largest(scores[finite]))
-        if len(scores):
-            scores = scores.clamp(min=0.0)
-            at, measured, table = indices.numpy(), self.measured_at.numpy(), self.scores.numpy()
-            table[at] = scores.numpy()
-            measured[at] = self.num_updates
+        at, new, num_bad = indices.numpy(), scores.float().numpy(), 0
+        if not np.isfinite(new).all():
+            is_known = new != UNKNOWN
+            at, new = at[is_known], new[is_known]
+            good = np.isfinite(new)
+            num_bad = int(len(new) - good.sum())
+            new = np.where(good, new, self._largest(new[good]))
+        if len(new):
+            new = np.maximum(new, np.float32(0))
+            self.scores.numpy()[at] = new
+            self.measured_at.numpy()[at] = self.num_updates
             if self.order == "proportional":
-                values = priority_values(scores, self._floor, self.alpha)
+                values = new.astype(np.float64) + self._floor
+                values = values if self.alpha == 1.0 else values**self.alpha
                 self._smallest = min(self._smallest, float(values.min()))
-                self.tree.set(indices, values)
-        return bad
+                self.tree.set_array(at, values)
+        return num_bad
 
     def ages(self, indices: Tensor) -> Tensor:
         """Updates since the scores of these samples were measured; all updates where that never happened."""
@@ -216,10 +224,9 @@ class PriorityTable:
         self._smallest = float(values.min())
         self.tree.rebuild(values)
 
-    def _largest(self, scores: Tensor) -> Tensor:
-        known = self.scores[self.measured_at >= 0]
-        candidates = torch.cat([known, scores])
-        return candidates.max() if len(candidates) else torch.ones(())
+    def _largest(self, scores: NDArray[np.float32]) -> np.float32:
+        known = self.scores.numpy()[self.measured_at.numpy() >= 0]
+        return np.concatenate([known, scores]).max(initial=0.0) or np.float32(1.0)
 
     def _validate(self) -> None:
         orders = ("proportional", "rank", "top")

@@ -85,15 +85,21 @@ class SumTree:
         if not len(where):
             return
         _refuse_bad(new)
-        expect(
-            where.min() >= 0 and where.max() < self.num_leaves,
-            "indices",
-            f"in [0, {self.num_leaves})",
-            [int(where.min()), int(where.max())],
-            "Give numbers of samples.",
-        )
-        nodes = where + self._capacity
-        self._nodes[nodes] = new
+        first, last = where.min(), where.max()
+        if first < 0 or last >= self.num_leaves:
+            expected = f"in [0, {self.num_leaves})"
+            expect(False, "indices", expected, [int(first), int(last)], "Give numbers of samples.")
+        self.set_array(where, new)
+
+    def set_array(self, indices: Indices, weights: Floats) -> None:
+        """As :meth:`set`, for NumPy arrays that need no check.
+
+        Args:
+            indices: Leaves.
+            weights: Their weights.
+        """
+        nodes = indices + self._capacity
+        self._nodes[nodes] = weights
         for _ in range(self._num_levels):
             nodes >>= 1
             self._nodes[nodes] = self._left[nodes] + self._right[nodes]
@@ -123,7 +129,7 @@ class SumTree:
 
     def find(self, masses: Tensor) -> Tensor:
         """The leaf to which each mass in [0, V) belongs; masses beyond the ends belong to the leaves there."""
-        return torch.from_numpy(self._find(_floats(masses)))
+        return torch.from_numpy(self.find_array(_floats(masses)))
 
     def sample(
         self, num: int, generator: torch.Generator, stratified: bool = False
@@ -140,22 +146,35 @@ class SumTree:
             Indices, int64, and the probability of each in a single draw, float64.
         """
         expect(self.total > 0, "weights", "positive somewhere", self.total, "Set some first.")
-        indices = self._find(uniform_numbers(num, generator, stratified) * self.total)
+        indices = self.find_array(uniform_numbers(num, generator, stratified) * self.total)
         return torch.from_numpy(indices), torch.from_numpy(self._leaves[indices] / self.total)
 
-    def _find(self, masses: Floats) -> Indices:
+    def find_array(self, masses: Floats) -> Indices:
+        """As :meth:`find`, for a NumPy array.
+
+        Args:
+            masses: In [0, V).
+        """
         running = self._running_sums()
-        left_over = np.clip(masses, 0.0, np.nextafter(running[-1], 0.0))
-        nodes = np.searchsorted(running[1:], left_over, side="right")
-        left_over -= running[nodes]
-        nodes = nodes.astype(np.int64, copy=False) + self._num_top
+        left_over = np.minimum(np.maximum(masses, 0.0), np.nextafter(running[-1], 0.0))
+        tops = np.searchsorted(running[1:], left_over, side="right").astype(np.int64, copy=False)
+        left_over -= running[tops]
+        tops += self._num_top
+        leaves = self._descend(tops, left_over.copy(), is_careful=False)
+        if not self._nodes[leaves].all():
+            leaves = self._descend(tops, left_over, is_careful=True)
+        leaves -= self._capacity
+        return leaves
+
+    def _descend(self, nodes: Indices, left_over: Floats, is_careful: bool) -> Indices:
         for _ in range(self._num_levels):
             left = self._left[nodes]
-            # Rounding may leave more mass than there is on the left; an empty right side has no use for it.
-            goes_right = (left_over >= left) & (self._right[nodes] > 0)
+            goes_right = left_over >= left
+            if is_careful:  # rounding may leave more mass than there is on the left, with nothing on the right
+                goes_right &= self._right[nodes] > 0
             left_over -= left * goes_right
             nodes = 2 * nodes + goes_right
-        return nodes - self._capacity
+        return nodes.copy() if self._num_levels == 0 else nodes
 
     def _running_sums(self) -> Floats:
         if self._running is None:
@@ -182,10 +201,7 @@ def _floats(values: Tensor) -> Floats:
 
 def _refuse_bad(weights: Floats) -> None:
     smallest, largest = weights.min(), weights.max()
-    expect(
-        bool(smallest >= 0 and largest < np.inf),
-        "weights",
-        "finite and not negative",
-        [float(smallest), float(largest)],
-        "Replace NaN and Inf before.",
-    )
+    if not (smallest >= 0 and largest < np.inf):  # also for NaN
+        got = [float(smallest), float(largest)]
+        remedy = "Replace NaN and Inf before."
+        expect(False, "weights", "finite and not negative", got, remedy)
