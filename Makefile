@@ -57,6 +57,7 @@ bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run 
 	$(BIN)/python benchmarks/byzantine.py
 	$(BIN)/python benchmarks/lr_schedulers.py
 	$(BIN)/python benchmarks/aggregation.py
+	$(BIN)/python benchmarks/priority_sampling.py
 
 netlab: $(VENV)/.dev ## Compare strategies on hosts with slow links, in network namespaces (Linux, root), half an hour
 	$(BIN)/python -m benchmarks.netlab

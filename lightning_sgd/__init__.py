@@ -55,6 +55,7 @@ from lightning_sgd.callbacks import (
     CriticalBatchSizeMonitor,
     GaussianityMonitor,
     GradientErrorMonitor,
+    PrioritySampling,
     RankMonitor,
     TailIndexMonitor,
     TrajectoryRegularization,
@@ -139,6 +140,14 @@ from lightning_sgd.metrics import (
 )
 from lightning_sgd.models.digits import DigitsClassifier
 from lightning_sgd.optimizers import TRSGD, MaSS, NovoGrad, TRAdam
+from lightning_sgd.sampling import (
+    InBatchSelection,
+    Presampling,
+    PriorityBatchSampler,
+    PrioritySampler,
+    SumTree,
+    priority_mean,
+)
 from lightning_sgd.strategies import (
     ByzantineStrategy,
     GossipPGAStrategy,
@@ -195,6 +204,7 @@ __all__ = [
     "GradientNoiseScale",
     "GramRule",
     "Hypercube",
+    "InBatchSelection",
     "Krum",
     "LabelFlip",
     "LeastSquaresConstants",
@@ -220,6 +230,10 @@ __all__ = [
     "Phocas",
     "PreAggregated",
     "PreAggregator",
+    "Presampling",
+    "PriorityBatchSampler",
+    "PrioritySampler",
+    "PrioritySampling",
     "RankMe",
     "RankMonitor",
     "ResumableDataLoader",
@@ -227,6 +241,7 @@ __all__ = [
     "SignFlip",
     "SpectralFilter",
     "StepBound",
+    "SumTree",
     "TRAdam",
     "TailIndex",
     "TailIndexMonitor",
@@ -266,6 +281,7 @@ __all__ = [
     "optimal_step",
     "partition_by_label",
     "pickands_tail_index",
+    "priority_mean",
     "sample_stable",
     "shapiro_wilk",
     "spectral_stats",

@@ -559,6 +559,45 @@ CATALOGUE: tuple[Method, ...] = (
             ),
         ),
     ),
+    Method(
+        key="priority_sampling",
+        title="Prioritized SGD",
+        summary="Draws hard samples more often while training changes what is hard, with weights against the bias.",
+        use_when="Most samples are learnt already, and every epoch still spends most of its time on them.",
+        paper=Paper(
+            title=(
+                "Distributed Framework for Accelerating Training of Deep Learning Models through Prioritization"
+            ),
+            authors="Tian Zhou, Lixin Gao",
+            venue="IC2E",
+            year=2021,
+            url="https://doi.org/10.1109/IC2E52221.2021.00035",
+        ),
+        plugins=(
+            Plugin(
+                name="PrioritySampling",
+                kind="callback",
+                settings={"uniform_mix": 0.5},
+                metric_keys=(
+                    "priority/effective_batch_share",
+                    "priority/max_weight",
+                    "priority/gain",
+                    "priority/lag",
+                    "priority/mean_age",
+                    "priority/effective_share",
+                    "priority/never_drawn",
+                ),
+            ),
+        ),
+        helpers=(
+            "PrioritySampler",
+            "PriorityBatchSampler",
+            "SumTree",
+            "Presampling",
+            "InBatchSelection",
+            "priority_mean",
+        ),
+    ),
 )
 
 

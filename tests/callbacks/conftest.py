@@ -8,7 +8,10 @@ from support.callback_checks import Subject
 import lightning_sgd
 from lightning_sgd.catalogue import plugins
 
-OTHER_SETTINGS: dict[str, dict[str, object]] = {"TrajectoryRegularization": {"inner_steps": 2}}
+OTHER_SETTINGS: dict[str, dict[str, object]] = {
+    "PrioritySampling": {"beta": 1.0},
+    "TrajectoryRegularization": {"inner_steps": 2},
+}
 """By name, what distinguishes two instances in one Trainer, where a longer interval does not."""
 
 

@@ -1,0 +1,168 @@
+"""A DataLoader over a priority sampler, made from the DataLoader that a user has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from lightning_sgd._validation import expect
+from lightning_sgd.sampling.priority_sampler import PriorityBatchSampler, PrioritySampler
+
+KEPT = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+)
+
+
+class PriorityDataLoader(DataLoader[Any]):
+    """Loads the batches that a sampler draws, and draws each exactly once, with any number of workers.
+
+    Whoever looks through it while it is running, as some monitors do, gets the data in order, and nothing is drawn.
+
+    Args:
+        dataset: What the sampler draws from.
+        sampler: Draws.
+        **kwargs: Passed on to ``torch.utils.data.DataLoader``.
+    """
+
+    def __init__(self, dataset: Any, sampler: PrioritySampler, **kwargs: Any) -> None:
+        super().__init__(dataset, batch_size=sampler.batch_size, sampler=sampler, **kwargs)
+        self._batches = PriorityBatchSampler(sampler)
+        self._running_epoch: int | None = None
+
+    @property
+    def priorities(self) -> PrioritySampler:
+        """The sampler."""
+        return self._batches.sampler
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its private iterator
+        # A generator: Lightning makes the iterator of a resumed epoch before it calls `set_epoch`, and workers would
+        # prefetch in the order of another epoch.
+        epoch = self.priorities.epoch
+        if self._running_epoch == epoch:
+            yield from self._in_order()
+            return
+        self._running_epoch = epoch
+        try:
+            yield from super().__iter__()
+        finally:
+            self._running_epoch = None if self._running_epoch == epoch else self._running_epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of the epoch; the state of the sampler is for its owner to keep."""
+        return {"epoch": self.priorities.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Nothing: the position belongs to the sampler."""
+
+    @property
+    def _index_sampler(self) -> PriorityBatchSampler:
+        # torch's iterators read their batches of indices from here.
+        return self._batches
+
+    def _in_order(self) -> DataLoader[Any]:
+        return DataLoader(
+            self.dataset,
+            self.batch_size,
+            collate_fn=self.collate_fn,
+            generator=torch.Generator(),
+        )
+
+
+def with_priorities(
+    loader: object, make_sampler: Callable[[Any, int, bool], PrioritySampler], num_ranks: int = 1
+) -> PriorityDataLoader:
+    """The same loader with another sampler.
+
+    Args:
+        loader: The user's; one that has a priority sampler already keeps it.
+        make_sampler: Called with data set, batch size and whether to drop an incomplete batch.
+        num_ranks: Number of ranks that share the data.
+
+    Raises:
+        ValueError: If it cannot be taken apart.
+    """
+    checked = _checked(loader, num_ranks)
+    if isinstance(checked, PriorityDataLoader):
+        return checked
+    sampler = checked.sampler
+    if not isinstance(sampler, PrioritySampler):
+        assert checked.batch_size is not None
+        sampler = make_sampler(checked.dataset, checked.batch_size, checked.drop_last)
+    kept = {name: getattr(checked, name) for name in KEPT}
+    return PriorityDataLoader(checked.dataset, sampler, **kept)
+
+
+def _checked(loader: object, num_ranks: int) -> DataLoader[Any]:
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"Expected `train_dataloader` to be one DataLoader for priority sampling, got {type(loader).__name__}. "
+            "Combine the data sets with torch.utils.data.ConcatDataset instead."
+        )
+    expect(
+        not isinstance(loader.dataset, IterableDataset),
+        "dataset",
+        "one with indices",
+        type(loader.dataset).__name__,
+        "Priorities belong to samples that can be asked for again; a stream has none.",
+    )
+    expect(
+        type(loader.batch_sampler) is BatchSampler and loader.batch_size is not None,
+        "batch_sampler",
+        "the plain one of a DataLoader with `batch_size`",
+        type(loader.batch_sampler).__name__,
+        "Priority sampling decides itself what is in a batch.",
+    )
+    expect(
+        getattr(loader, "in_order", True),
+        "in_order",
+        "true",
+        False,
+        "Batches must arrive in the order in which they were drawn.",
+    )
+    _check_sampler(loader.sampler, loader.dataset, num_ranks)
+    return loader
+
+
+def _check_sampler(sampler: object, dataset: Any, num_ranks: int) -> None:
+    takes_all = isinstance(sampler, (DistributedSampler, SequentialSampler)) or (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(dataset)
+    )
+    expect(
+        takes_all,
+        "sampler",
+        "one that takes every sample once per epoch",
+        type(sampler).__name__,
+        "It is replaced, so what it leaves out has to be left out by torch.utils.data.Subset.",
+    )
+    if isinstance(sampler, DistributedSampler):
+        expect(
+            sampler.num_replicas == num_ranks,
+            "num_replicas",
+            f"the number of ranks, {num_ranks}",
+            sampler.num_replicas,
+            "All ranks must hold the same data set, which priority sampling deals out.",
+        )
