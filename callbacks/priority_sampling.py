@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_sgd._run_record import say
 from lightning_sgd._validation import expect, warn_no_effect, warn_outside_intended_use
 from lightning_sgd.callbacks._priority_history import STEM, conclusion, draw_priorities
 from lightning_sgd.callbacks._priority_refresh import refreshed_scores
@@ -200,7 +201,7 @@ class PrioritySampling(Callback):
             "Priority sampling deals one data set out to all ranks.",
         )
         self._warn_if_warm_up_is_all(trainer)
-        rank_zero_info(f"PrioritySampling: {self._announcement(trainer, pl_module)}")
+        say(trainer, "PrioritySampling", "start", self._announcement(trainer, pl_module))
 
     # Training.
 
@@ -246,7 +247,7 @@ class PrioritySampling(Callback):
             rank_zero_info("PrioritySampling: see the earlier one.")
         else:
             figure = self._save_figure(trainer)
-            rank_zero_info(f"PrioritySampling: {conclusion(self._running)}{figure}")
+            say(trainer, "PrioritySampling", "end", f"{conclusion(self._running)}{figure}")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
