@@ -11,24 +11,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
 
 from lightning_sgd._run_record import say
-from lightning_sgd._validation import expect, warn_no_effect, warn_outside_intended_use
+from lightning_sgd._validation import expect, warn_no_effect
 from lightning_sgd.callbacks._priority_history import STEM, conclusion, draw_priorities
 from lightning_sgd.callbacks._priority_refresh import refreshed_scores
 from lightning_sgd.callbacks._priority_run import PriorityRun
+from lightning_sgd.callbacks._priority_settings import (
+    check_settings,
+    load_losses,
+    refuse_unsupported,
+    warn_of_settings,
+)
 from lightning_sgd.callbacks._priority_step import Loan, all_gathered, replace_train_dataloader
 from lightning_sgd.callbacks._rank_figure import publish
 from lightning_sgd.functional.priority_sampling import (
-    WEIGHT_NORMS,
     WeightNorm,
     annealed,
     effective_sample_size,
 )
 from lightning_sgd.sampling import PrioritySampler
-from lightning_sgd.sampling.loss_recorder import SCORE_NAMES, ScoreFunction, ScoreName
+from lightning_sgd.sampling.loss_recorder import ScoreFunction, ScoreName
 from lightning_sgd.sampling.priority_loader import PriorityDataLoader, with_priorities
 from lightning_sgd.sampling.priority_table import Order, Unseen
 from lightning_sgd.sampling.selection import Selection
@@ -146,7 +149,9 @@ class PrioritySampling(Callback):
             "pressure": pressure,
             "top": top,
         }
-        self._validate()
+        PrioritySampler(1, 1, 1, 0, **self.settings)  # refuses what it cannot draw by
+        check_settings(self._everything())
+        warn_of_settings(self._everything())
         name = score if isinstance(score, str) else score.__name__
         rule = None if selection is None else type(selection).__name__
         # Lightning asks for it in every hook.
@@ -174,7 +179,7 @@ class PrioritySampling(Callback):
         self._is_passive = self is not next(c for c in callbacks if isinstance(c, PrioritySampling))
         if self._is_passive:
             return
-        _refuse_unsupported(trainer, pl_module)
+        refuse_unsupported(trainer, pl_module)
 
         def replace(loader: object) -> PriorityDataLoader:
             return self._loader(trainer, pl_module, loader)
@@ -290,6 +295,12 @@ class PrioritySampling(Callback):
 
     # Small things.
 
+    def _everything(self) -> dict[str, Any]:
+        """All settings that depend on each other."""
+        names = "score", "beta", "beta_end", "weight_norm", "pressure_end", "selection"
+        more = "refresh_every_n_epochs", "irreducible_losses"
+        return {**self.settings, **{name: getattr(self, name) for name in (*names, *more)}}
+
     def _release(self) -> None:
         self._loan.give_back()
         if self.run is not None:
@@ -326,7 +337,7 @@ class PrioritySampling(Callback):
     ) -> PriorityRun:
         irreducible = None
         if self.irreducible_losses is not None:
-            irreducible = _load_losses(self.irreducible_losses, sampler.num_in_dataset)
+            irreducible = load_losses(self.irreducible_losses, sampler.num_in_dataset)
         run = PriorityRun(sampler, pl_module, self.score, self.selection, irreducible, self.seed)
         # Not by Lightning's hook for epochs, which it leaves out when it goes on from a checkpoint of the last batch.
         sampler.before_epoch = partial(self._prepare_epoch, trainer, pl_module)
@@ -408,116 +419,6 @@ class PrioritySampling(Callback):
             warn_no_effect(
                 f"PrioritySampling has no effect: all {epochs} epochs are warm-up. Set `warmup_epochs` to less."
             )
-
-    def _validate(self) -> None:
-        PrioritySampler(1, 1, 1, 0, **self.settings)  # knows its own conditions
-        names = ", ".join(SCORE_NAMES)
-        expect(
-            callable(self.score) or self.score in SCORE_NAMES,
-            "score",
-            f"one of {names}, or a function",
-            self.score,
-            "Leave it out for the bound of the gradient norm.",
-        )
-        for name in ("beta", "beta_end"):
-            value = getattr(self, name)
-            remedy = "1 is unbiased, 0 without weights."
-            expect(value is None or 0 <= value <= 1, name, "in [0, 1]", value, remedy)
-        norms = ", ".join(WEIGHT_NORMS)
-        expect(
-            self.weight_norm in WEIGHT_NORMS,
-            "weight_norm",
-            f"one of {norms}",
-            self.weight_norm,
-            "Choose one.",
-        )
-        every = self.refresh_every_n_epochs
-        expect(
-            every is None or every >= 1,
-            "refresh_every_n_epochs",
-            "at least 1",
-            every,
-            "Leave it out.",
-        )
-        end = self.pressure_end
-        expect(
-            end is None or end >= 1, "pressure_end", "at least 1", end, "1 ends with uniform draws."
-        )
-        expect(
-            (self.score == "rho") == (self.irreducible_losses is not None),
-            "irreducible_losses",
-            "given with score='rho', and only then",
-            self.irreducible_losses,
-            "Write them with torch.save.",
-        )
-        self._warn()
-
-    def _warn(self) -> None:
-        mix, beta = self.settings["uniform_mix"], max(self.beta, self.beta_end or 0.0)
-        if self.selection is not None:
-            given = [n for n, default in _WITHOUT_SELECTION.items() if self._setting(n) != default]
-            if given:
-                warn_no_effect(f"`selection` draws uniformly, so {', '.join(given)} has no effect.")
-        elif mix == 1 or (self.settings["alpha"] == 0 and self.settings["order"] == "proportional"):
-            warn_no_effect("Priorities have no effect with `uniform_mix` 1 or `alpha` 0.")
-        elif beta == 1 and mix < _SAFE_MIX:
-            warn_outside_intended_use(
-                f"With beta=1 and uniform_mix={mix:g} a sample that is drawn rarely takes steps up to "
-                f"{1 / mix if mix else math.inf:g} times as large, which may diverge. Set uniform_mix to 0.5."
-            )
-
-    def _setting(self, name: str) -> Any:
-        return self.settings[name] if name in self.settings else getattr(self, name)
-
-
-_SAFE_MIX = 0.3
-_WITHOUT_SELECTION = {
-    "beta": 0.5,
-    "beta_end": None,
-    "uniform_mix": 0.3,
-    "alpha": 1.0,
-    "order": "proportional",
-    "pressure_end": None,
-    "weight_norm": "none",
-}
-"""Settings that a selection overrides, with their defaults."""
-
-
-def _refuse_unsupported(trainer: Trainer, pl_module: LightningModule) -> None:
-    expect(
-        trainer.overfit_batches == 0,  # type: ignore[attr-defined]  # set by a connector
-        "overfit_batches",
-        "0 beside PrioritySampling",
-        trainer.overfit_batches,  # type: ignore[attr-defined]  # set by a connector
-        "Lightning replaces the sampler for it.",
-    )
-    ranks = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-    expect(
-        ranks == trainer.world_size,
-        "strategy",
-        "one that deals the data out to all ranks",
-        type(trainer.strategy).__name__,
-        "Use one GPU, or a strategy such as ddp.",
-    )
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-        raise ValueError(
-            "Expected `training_step` to take a batch for PrioritySampling, got one that takes an iterator. Write "
-            "training_step(self, batch, batch_idx)."
-        )
-
-
-def _load_losses(path: str, num_samples: int) -> Tensor:
-    losses = torch.load(path, weights_only=True)
-    shape = tuple(getattr(losses, "shape", ()))
-    expect(
-        shape == (num_samples,),
-        "irreducible_losses",
-        f"a tensor of shape ({num_samples},), one for each sample",
-        shape,
-        "Write it with torch.save.",
-    )
-    table: Tensor = losses.float()
-    return table
 
 
 def _progress(trainer: Trainer) -> float:
