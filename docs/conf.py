@@ -54,6 +54,8 @@ nitpick_ignore_regex = [
         r"(StepForm|Theorem|Assumption|Branch|Compressor|CompressorName|SupportsErrorModel)",
     ),
     (r"py:.*", r"(InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod|Verdict)"),
+    (r"py:.*", r"(Order|ScoreFunction|ScoreName|Selection|SelectionRule|Unseen|WeightNorm)"),
+    (r"py:.*", r"lightning_sgd\.sampling\.draw\.Draw"),
     (r"py:.*", r"(_AX_TYPE|_PLOT_OUT_TYPE|lightning_sgd\.functional\.hogwild\.DiminishingSteps)"),
 ]
 
