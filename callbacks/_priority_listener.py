@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class LossListener:
         self._handles: list[RemovableHandle] = []
         self._outputs: list[tuple[nn.Module, Tensor]] = []
         self._recorder: LossRecorder | None = None
-        self._is_settled = False
+        self._is_settled = self._is_explicit = False
 
     def run(
         self, step: Callable[[Any], Any], batch: Any, recorder: LossRecorder, is_trial: bool = False
@@ -44,6 +45,9 @@ class LossListener:
         """
         if not self._is_settled and not is_trial:
             return self._first(step, batch, recorder)
+        if self._is_explicit:
+            with recording(recorder):
+                return step(batch)
         if not self._handles:
             with recording(recorder), Listening(recorder):
                 return step(batch)
@@ -61,7 +65,8 @@ class LossListener:
         """Leave no hook behind."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._outputs, self._is_settled = [], [], False
+        self._handles, self._outputs = [], []
+        self._is_settled = self._is_explicit = False
 
     def _first(self, step: Callable[[Any], Any], batch: Any, recorder: LossRecorder) -> Any:
         parts = list(_visible_parts(self.module))
@@ -73,7 +78,7 @@ class LossListener:
         finally:
             self.stop()
         if recorder.num_losses:
-            self._is_settled = True
+            self._is_settled, self._is_explicit = True, not sources  # by `priority_mean` alone
             found = dict.fromkeys(source for source in sources if source is not None)
             if sources and None not in sources:
                 self._handles = [part.register_forward_hook(self._mark) for part in found]
@@ -113,7 +118,8 @@ def _visible_parts(module: nn.Module) -> Iterator[nn.Module]:
     """The module and its parts, without those that are compiled as a whole."""
     yield module
     for child in module.children():
-        if type(child).__name__ != "OptimizedModule":
+        is_script = isinstance(child, torch.jit.ScriptModule)
+        if not is_script and type(child).__name__ != "OptimizedModule":
             yield from _visible_parts(child)
 
 

@@ -170,7 +170,9 @@ class SumTree:
         for _ in range(self._num_levels):
             left = self._left[nodes]
             goes_right = left_over >= left
-            if is_careful:  # rounding may leave more mass than there is, with nothing on the right
+            if (
+                is_careful
+            ):  # rounding may leave more mass than there is on the left, with nothing on the right
                 goes_right &= self._right[nodes] > 0
             left_over -= left * goes_right
             nodes = 2 * nodes + goes_right

@@ -557,6 +557,42 @@ def test_beta_is_annealed_over_the_training(tmp_path):
         assert loss == pytest.approx((w * losses).mean().item(), rel=1e-5)
 
 
+class Changing(Linear):
+    """From the second epoch on it takes another way to its logits."""
+
+    def training_step(self, batch, batch_idx):
+        index, x, y = batch
+        self.seen.append(index.tolist())
+        late = self.current_epoch > 0
+        logits = x @ self.layer.weight.T + self.layer.bias if late else self.layer(x)
+        loss = cross_entropy(logits, y)
+        self.losses.append(loss.item())
+        return loss
+
+
+def test_a_step_that_takes_another_way_is_named_and_found_again(tmp_path):
+    # Only the part of the module that the losses came from in the first step is listened to.
+    callback = quiet(beta=1.0, uniform_mix=0.5, half_life=None)
+    with pytest.warns(UserWarning, match="did not find the loss of a batch"):
+        module, draws, _ = fit(tmp_path, callback, Changing(lr=0.0))
+    data = Clusters()
+    for draw, loss in list(zip(draws, module.losses, strict=True))[BATCHES + 1 :]:
+        w = 1 / (N * draw.probabilities)
+        losses = cross_entropy(torch.zeros(B, C), data.y[draw.indices], reduction="none")
+        assert loss == pytest.approx((w * losses).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("reduce", "num_hooks"), [("mean", 1), ("priority_mean", 1), ("own", 0)])
+def test_from_the_second_step_on_one_part_is_listened_to(tmp_path, reduce, num_hooks):
+    class Hooks(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            parts = list(pl_module.modules())
+            assert [len(part._forward_hooks) for part in parts] == [0, num_hooks]
+            assert type(outputs["loss"]) is torch.Tensor
+
+    fit(tmp_path, quiet(), Linear(reduce), callbacks=[Hooks()])
+
+
 # Looking at more than is trained on.
 
 
