@@ -58,7 +58,6 @@ nitpick_ignore_regex = [
         r"(GradientSource|InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod|Verdict)",
     ),
     (r"py:.*", r"(GaussianityVerdict|TestName)"),
-    (r"py:.*", r"(InnerDecay|Measure|NovoGradVariant|SpectralNorm|StatsMethod|Verdict)"),
     (r"py:.*", r"(Order|ScoreFunction|ScoreName|Selection|SelectionRule|Unseen|WeightNorm)"),
     (r"py:.*", r"lightning_sgd\.sampling\.draw\.Draw"),
     (r"py:.*", r"(_AX_TYPE|_PLOT_OUT_TYPE|lightning_sgd\.functional\.hogwild\.DiminishingSteps)"),
