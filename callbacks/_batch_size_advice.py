@@ -30,8 +30,8 @@ def advice(scale: NoiseScale, batch_size: int | None) -> str:
         batch_size: Samples of a step; ``None`` where nobody knows.
 
     Example:
-        >>> advice(NoiseScale(100.0, 80.0, 130.0), batch_size=100)[:69]
-        ', about the 100 of a step, which is a good compromise: twice the batch'
+        >>> advice(NoiseScale(100.0, 80.0, 130.0), batch_size=100).split(":")[0]
+        ', about the 100 of a step, which is a good compromise'
         >>> advice(NoiseScale(math.nan, 0.0, math.inf), batch_size=100)
         '. Nothing follows from that.'
     """
