@@ -6,15 +6,11 @@ import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sgd.functional.gradient_sample import Coordinates, wide_dtype
-from lightning_sgd.functional.gradient_sketch import CountSketch
-
-Columns: TypeAlias = Coordinates | CountSketch
+from lightning_sgd.functional.gradient_sample import Columns, wide_dtype
 
 
 class BackwardTap:

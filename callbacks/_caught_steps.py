@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_sgd._validation import expect
-from lightning_sgd.callbacks._backward_tap import BackwardTap, Columns
+from lightning_sgd.callbacks._backward_tap import BackwardTap
 from lightning_sgd.callbacks._gathering import gather
-from lightning_sgd.functional.gradient_sample import GradientSample
+from lightning_sgd.functional.gradient_sample import Columns, GradientSample
 
 StepSource: TypeAlias = Literal["microbatches", "ranks"]
 

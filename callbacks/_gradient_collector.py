@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_sgd._validation import expect, warn_no_effect
-from lightning_sgd.callbacks._backward_tap import Columns
 from lightning_sgd.callbacks._caught_steps import CaughtSteps
 from lightning_sgd.callbacks._gathering import gather
 from lightning_sgd.callbacks._own_batches import (
@@ -20,7 +19,12 @@ from lightning_sgd.callbacks._own_batches import (
     obstacle_to_own_batches,
 )
 from lightning_sgd.callbacks._traffic_source import holds_whole_model
-from lightning_sgd.functional.gradient_sample import Coordinates, GradientSample, wide_dtype
+from lightning_sgd.functional.gradient_sample import (
+    Columns,
+    Coordinates,
+    GradientSample,
+    wide_dtype,
+)
 from lightning_sgd.functional.gradient_sketch import CountSketch
 
 __all__ = ["GradientCollector", "GradientSource", "LossFunction"]

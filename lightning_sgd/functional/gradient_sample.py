@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,38 @@ class GradientSample:
         return GradientSample(rows, self.batch_size, self.layers, self.step)
 
 
-class Coordinates:
+class Columns(ABC):
+    """What is kept of a gradient, parameter by parameter.
+
+    Attributes:
+        layers: Columns of each parameter.
+        num_coordinates: Number of columns [s].
+    """
+
+    layers: dict[str, slice]
+    num_coordinates: int
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What is kept of a gradient, shape (s,).
+
+        Args:
+            tensors: One for each parameter, in order.
+        """
+        parts = [self.part(number, tensor) for number, tensor in enumerate(tensors)]
+        wide = wide_dtype(parts)
+        return torch.cat([part.to(wide) for part in parts])
+
+    @abstractmethod
+    def part(self, number: int, tensor: Tensor) -> Tensor:
+        """What is kept of one parameter's part.
+
+        Args:
+            number: Place of the parameter.
+            tensor: Of its shape.
+        """
+
+
+class Coordinates(Columns):
     """A fixed subset of the coordinates of all parameters, spread evenly over each of them.
 
     A parameter gets its share of the coordinates, at least one; in each of as many equal parts of it one is drawn.
@@ -66,7 +98,7 @@ class Coordinates:
         generator = torch.Generator().manual_seed(seed)
         share = 1.0 if num_coordinates is None else num_coordinates / max(sum(sizes.values()), 1)
         self.indices: list[Tensor | None] = []
-        self.layers: dict[str, slice] = {}
+        self.layers = {}
         begin = 0
         for name, size in sizes.items():
             num = size if share >= 1 else min(size, max(1, round(share * size)))
@@ -75,16 +107,6 @@ class Coordinates:
             self.layers[name] = slice(begin, begin + num)
             begin += num
         self.num_coordinates = begin
-
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The values at these coordinates, shape (s,).
-
-        Args:
-            tensors: One for each parameter, in order.
-        """
-        parts = [self.part(number, tensor) for number, tensor in enumerate(tensors)]
-        wide = wide_dtype(parts)
-        return torch.cat([part.to(wide) for part in parts])
 
     def part(self, number: int, tensor: Tensor) -> Tensor:
         """The values at the coordinates that belong to one parameter.

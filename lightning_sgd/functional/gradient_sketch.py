@@ -16,13 +16,13 @@ which is (2/16k)·‖x‖⁴ for numbers of one size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lightning_sgd.functional.gradient_sample import flattened, wide_dtype
+from lightning_sgd.functional.gradient_sample import Columns, flattened, wide_dtype
 
 BLOCK = 16
 """Coordinates that go to one bucket."""
@@ -32,7 +32,7 @@ _SHIFT, _NUM_SHIFTS = 977, 2**12
 """From piece to piece the same signs begin somewhere else."""
 
 
-class CountSketch:
+class CountSketch(Columns):
     """A linear map that keeps norms and inner products of gradients, parameter by parameter, on average over seeds.
 
     One half of the width is shared out to the parameters by their sizes, the other half equally. Small parameters are
@@ -63,7 +63,7 @@ class CountSketch:
         # Not narrower: products of two types are ten times as slow.
         self._signs = torch.randint(2, (num_signs,), generator=generator).float() * 2 - 1
         whole = max(sum(sizes.values()), 1)
-        self.layers: dict[str, slice] = {}
+        self.layers = {}
         self._bags: list[tuple[Tensor, Tensor] | None] = []
         begin = 0
         for name, size in sizes.items():
@@ -75,16 +75,6 @@ class CountSketch:
             self.layers[name] = slice(begin, begin + width)
             begin += width
         self.num_coordinates = begin
-
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The sketch of a gradient, shape (s,).
-
-        Args:
-            tensors: One for each parameter, in order.
-        """
-        parts = [self.part(number, tensor) for number, tensor in enumerate(tensors)]
-        wide = wide_dtype(parts)
-        return torch.cat([part.to(wide) for part in parts])
 
     def part(self, number: int, tensor: Tensor) -> Tensor:
         """The columns that belong to one parameter.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_sgd._validation import expect
 from lightning_sgd.functional.gaussian_null import TestName
@@ -18,12 +16,10 @@ from lightning_sgd.functional.gradient_gaussianity import (
 )
 from lightning_sgd.functional.gradient_sample import Coordinates
 from lightning_sgd.functional.normality_tests import MAX_SAMPLES
-
-if TYPE_CHECKING:
-    from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
+from lightning_sgd.metrics._scalar_metric import ScalarMetric
 
 
-class GradientGaussianity(Metric):
+class GradientGaussianity(ScalarMetric):
     """Share of random directions in which gradients since the last reset do not scatter like a Gaussian.
 
     Gaussian noise has about ``level`` of them, more or less as its directions depend on each other: :meth:`result`
@@ -116,23 +112,6 @@ class GradientGaussianity(Metric):
             return rows.clone()
         coordinates = Coordinates({"": rows.shape[1]}, self.num_coordinates, self.seed)
         return torch.stack([coordinates.of([row]) for row in rows])
-
-    def plot(
-        self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot one value, or several over time.
-
-        Args:
-            val: A result of ``forward`` or ``compute``, or a list of them; by default the current one.
-            ax: A matplotlib axis to draw on; by default a new figure.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        return self._plot(val, ax)
 
 
 _NOTHING = torch.empty(0, 0)

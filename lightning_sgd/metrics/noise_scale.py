@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_sgd.functional.noise_scale import (
     GradientNoise,
@@ -16,14 +14,12 @@ from lightning_sgd.functional.noise_scale import (
     gradient_noise,
     noise_scale,
 )
-
-if TYPE_CHECKING:
-    from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
+from lightning_sgd.metrics._scalar_metric import ScalarMetric
 
 NAMES = tuple(field.name for field in fields(GradientNoise))
 
 
-class GradientNoiseScale(Metric):
+class GradientNoiseScale(ScalarMetric):
     r"""The batch size at which noise and signal in gradients are equally large: :math:`\mathrm{Tr}(\Sigma)/\|G\|^2`.
 
     Every update takes several gradients at one point; points and ranks add up before noise is divided by signal. Kept
@@ -76,20 +72,3 @@ class GradientNoiseScale(Metric):
     def compute(self) -> Tensor:
         """The noise scale in samples; infinite where no gradient is seen in the noise, NaN before the first update."""
         return torch.tensor(self.result().value, device=self.device)
-
-    def plot(
-        self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot one value, or several over time.
-
-        Args:
-            val: A result of ``forward`` or ``compute``, or a list of them; by default the current one.
-            ax: A matplotlib axis to draw on; by default a new figure.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        return self._plot(val, ax)

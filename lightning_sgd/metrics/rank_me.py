@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_sgd._validation import expect, is_finite_at_least
 from lightning_sgd.functional.gram import gram_singular_values
 from lightning_sgd.functional.rank_measures import rankme
-
-if TYPE_CHECKING:
-    from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
+from lightning_sgd.metrics._scalar_metric import ScalarMetric
 
 
-class RankMe(Metric):
+class RankMe(ScalarMetric):
     r"""Effective rank of features, for self-supervised learning without labels.
 
     .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \sigma_k(Z) \Big/ \sum_j \sigma_j(Z) + \epsilon
@@ -89,20 +85,3 @@ class RankMe(Metric):
             gram = gram - torch.outer(self.total, self.total) / self.num_samples
         count = min(len(gram), int(self.num_samples))
         return rankme(gram_singular_values(gram)[:count], eps=self.eps)
-
-    def plot(
-        self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot one value, or several over time.
-
-        Args:
-            val: A result of ``forward`` or ``compute``, or a list of them; by default the current one.
-            ax: A matplotlib axis to draw on; by default a new figure.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        return self._plot(val, ax)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_sgd._validation import expect
 from lightning_sgd.functional.dyadic_ladder import LadderSums, coordinate_sums, pooled_sums
 from lightning_sgd.functional.tail_index import TailIndexResult, tail_index_of
-
-if TYPE_CHECKING:
-    from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
+from lightning_sgd.metrics._scalar_metric import ScalarMetric
 
 
-class TailIndex(Metric):
+class TailIndex(ScalarMetric):
     r"""Tail index of everything since the last reset: 2 for Gaussian samples, less for heavier tails.
 
     The index is :func:`~lightning_sgd.dyadic_tail_index` of all updates as one sequence; it does not depend on how the
@@ -113,20 +109,3 @@ class TailIndex(Metric):
     def _set(self, sums: LadderSums) -> None:
         for name, value in vars(sums).items():
             setattr(self, name, value)
-
-    def plot(
-        self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot one value, or several over time.
-
-        Args:
-            val: A result of ``forward`` or ``compute``, or a list of them; by default the current one.
-            ax: A matplotlib axis to draw on; by default a new figure.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        return self._plot(val, ax)
