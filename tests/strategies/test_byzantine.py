@@ -400,6 +400,31 @@ def test_momenta_centres_and_draws_resume_exactly(tmp_path, num_ranks, settings)
         assert_equal(ours["buffers"], expected["buffers"], "the buffers")
 
 
+class SaveAtTheEnd(Callback):
+    """Writes a checkpoint when training is over, as a script does after ``fit``."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_fit_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.file)
+
+
+def test_a_checkpoint_written_after_training_holds_the_momenta_of_all_ranks(tmp_path):
+    at_the_end = tmp_path / "end.ckpt"
+    callbacks = [SaveEvery(tmp_path), SaveAtTheEnd(at_the_end)]
+    limits = {"max_steps": 4, "max_epochs": -1}
+    Run(tmp_path, byzantine(worker_momentum=0.9), callbacks=callbacks, **limits)
+    files = tmp_path / "4.ckpt", at_the_end
+    after_the_step, after_training = (
+        [part["lightning_sgd"]["own"]["momenta"]["0"] for part in saved["lightning_sgd"]["ranks"]]
+        for saved in (torch.load(file, weights_only=True) for file in files)
+    )
+    assert len(after_training) == 2
+    assert not torch.equal(*after_training)
+    assert_equal(after_training, after_the_step, "the momenta")
+
+
 def test_momenta_begin_anew_on_another_number_of_ranks_but_centres_go_on(tmp_path):
     strategy = byzantine("cclip", 1, worker_momentum=0.9)
     Run(tmp_path / "four", strategy, ranks=4, callbacks=[SaveEvery(tmp_path)], max_epochs=1)
