@@ -32,6 +32,7 @@ from torch import Tensor
 from lightning_sgd import get_aggregator
 from lightning_sgd.functional.traffic import all_reduce_traffic, send_traffic
 from lightning_sgd.strategies._direct_exchange import DirectExchange
+from lightning_sgd.strategies._exchange import Purpose
 from lightning_sgd.strategies._gradient_replica import GradientReplica
 from lightning_sgd.strategies._sharded_rule import Rejected, ShardedRule
 
@@ -89,9 +90,25 @@ class Bench:
 
         return step
 
+    def parts(self) -> None:
+        """The first turn of an exchange alone: everybody gets its part of all rows."""
+        self.replica.pack(1.0, absent=False)
+        self.replica.scatter(self.exchange, self.replica.gradients.rows)
+        self.replica.clear()
+
+    def sums(self) -> None:
+        """The second alone: what the plan is made from, as few numbers as messages can have."""
+        self.exchange.total(torch.zeros(20, dtype=torch.float64), Purpose.GRADIENTS, 0)
+
+    def results(self) -> None:
+        """The third alone: everybody gets what the others have made."""
+        shard = self.buffer[: self.replica.gradients.shard_size]
+        self.replica.gather(self.exchange, shard)
+
     def lines(self) -> dict[str, Step]:
         """Everything that is compared."""
         found: dict[str, Step] = {"all-reduce of gloo": self.all_reduce}
+        found |= {"parts alone": self.parts, "sums alone": self.sums, "results alone": self.results}
         found |= {f"sharded {name}": self.sharded(name) for name in RULES}
         return {**found, "all-gather, then filter": self.all_gather}
 

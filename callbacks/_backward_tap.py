@@ -48,7 +48,7 @@ class BackwardTap:
         self._parts = list(columns.layers.values())
         self._versions = [param._version for param in params]
         self._handles = [
-            param.register_hook(partial(self._take, number, param))  # type: ignore[no-untyped-call]
+            param.register_hook(partial(self._take, number, param))  # type: ignore[no-untyped-call]  # torch leaves it without types
             for number, param in enumerate(params)
         ]
 

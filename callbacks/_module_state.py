@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 Undo: TypeAlias = tuple[Any, Any]
@@ -62,3 +63,16 @@ def _put_back(value: Any, content: Any) -> None:
     elif list(map(id, value.values())) != list(map(id, content.values())):
         value.clear()
         value.update(content)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put all random states back; Lightning's `isolate_rng` alone does not when something fails."""
+    failure: BaseException | None = None
+    with isolate_rng():
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+    if failure is not None:
+        raise failure

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_sgd._run_record import say
 from lightning_sgd._validation import expect
+from lightning_sgd.callbacks._module_state import random_states_kept
 from lightning_sgd.functional.tick_schedule import Rung, TickSchedule
 
 
@@ -159,7 +158,7 @@ class Monitor(Callback):
         if rung is None or (rung == "glance" and count == self._last_count):
             return  # a second glance at the same moment would see nothing new
         begin = time.perf_counter() - spent
-        with _random_states_kept(), torch.no_grad():
+        with random_states_kept(), torch.no_grad():
             values = (self.look if rung == "look" else self.glance)(trainer, pl_module)
         if count == self._last_count:
             values = {key: values[key] for key in values.keys() - self._last_keys}
@@ -200,19 +199,6 @@ class Monitor(Callback):
             logger.log_metrics(dict(values), step=step)
         # Not by `pl_module.log`, which would reduce over ranks what all ranks already agree on.
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Put all random states back; Lightning's `isolate_rng` alone does not when something fails."""
-    failure: BaseException | None = None
-    with isolate_rng():
-        try:
-            yield
-        except BaseException as error:
-            failure = error
-    if failure is not None:
-        raise failure
 
 
 def agree_on_largest(trainer: Trainer, values: list[float]) -> list[float]:

@@ -53,7 +53,7 @@ def draw_batch(
     """
     length = len(loader.dataset)  # type: ignore[arg-type]  # map-style, see `obstacle_to_own_batches`
     draw = torch.randint(length, (size,), generator=generator).tolist()
-    return lambda: _to_device(_fetch(loader, draw), trainer)
+    return lambda: to_device(_fetch(loader, draw), trainer)
 
 
 def gradient_of(
@@ -117,6 +117,12 @@ def _fetch(loader: DataLoader[Any], indices: list[int]) -> Any:
     return loader.collate_fn(whole(indices) if whole else [dataset[index] for index in indices])
 
 
-def _to_device(batch: Any, trainer: Trainer) -> Any:
+def to_device(batch: Any, trainer: Trainer) -> Any:
+    """A batch in the precision and on the device of the training.
+
+    Args:
+        batch: As the loader makes it.
+        trainer: Knows both.
+    """
     batch = trainer.precision_plugin.convert_input(batch)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

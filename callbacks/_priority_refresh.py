@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_sgd.callbacks._module_state import random_states_kept
+from lightning_sgd.callbacks._own_batches import to_device
 from lightning_sgd.callbacks._priority_run import PriorityRun
 from lightning_sgd.callbacks._priority_step import all_gathered, silent_evaluation
 
@@ -27,9 +28,13 @@ def refreshed_scores(trainer: Trainer, module: LightningModule, run: PriorityRun
     num_each = -(-num // run.sampler.num_replicas)
     first = run.sampler.rank * num_each
     own = torch.arange(first, first + num_each).clamp(max=num - 1)
-    with isolate_rng(), silent_evaluation(module), trainer.precision_plugin.train_step_context():
+    with (
+        random_states_kept(),
+        silent_evaluation(module),
+        trainer.precision_plugin.train_step_context(),
+    ):
         parts = [
-            run.measured(_step(module, number), _to_device(batch, trainer), len(indices))
+            run.measured(_step(module, number), to_device(batch, trainer), len(indices))
             for number, (indices, batch) in enumerate(_batches(trainer, own, size))
         ]
     return all_gathered(torch.cat(parts), run.sampler.num_replicas)[:num]
@@ -49,8 +54,3 @@ def _step(module: LightningModule, number: int) -> Any:
     if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
         return lambda batch: module.training_step(batch, number)
     return module.training_step
-
-
-def _to_device(batch: Any, trainer: Trainer) -> Any:
-    batch = trainer.precision_plugin.convert_input(batch)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_sgd.callbacks._module_state import module_state_kept
+from lightning_sgd.callbacks._own_batches import measuring
 
 
 class Loan:
@@ -83,15 +83,8 @@ def silent_evaluation(module: LightningModule) -> Iterator[None]:
     Args:
         module: Whose training step is going to be called.
     """
-    with module_state_kept(module), torch.no_grad():
-        vars(module)["log"] = vars(module)["log_dict"] = _log_nothing
-        for part in module.modules():
-            part.training = False
+    with measuring(module, train_mode=False), torch.no_grad():
         yield
-
-
-def _log_nothing(*_: Any, **__: Any) -> None:
-    pass
 
 
 def same_batch(batch: object, other: object) -> bool:
