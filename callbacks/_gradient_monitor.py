@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sgd.callbacks._gradient_collector import GradientCollector
 from lightning_sgd.callbacks._monitor import Monitor
-from lightning_sgd.callbacks._rank_figure import publish
+from lightning_sgd.callbacks._rank_figure import publish_if_possible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,12 +99,6 @@ class GradientMonitor(Monitor):
 
     def _save_figure(self, trainer: Trainer, series: Iterable[float], stem: str, key: str) -> str:
         """Draw and publish the figure, if there is anything in it; what to say about it."""
-        if getattr(trainer, "fast_dev_run", False) or not any(map(math.isfinite, series)):
+        if not any(map(math.isfinite, series)):
             return ""
-        # On all ranks, because a logger may ask the first one for its folder.
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero:
-            return ""
-        if find_spec("matplotlib") is None:
-            return " No figure: pip install 'lightning-sgd[report]'."
-        return f" Figure: {publish(self.plot(), folder, trainer, stem, key)}"
+        return publish_if_possible(trainer, self.plot, stem, key)

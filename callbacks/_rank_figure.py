@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
@@ -12,8 +14,6 @@ from torch import Tensor
 from lightning_sgd._run_record import keep_figure
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from matplotlib.figure import Figure
 
 STEM = "rank_heat_map"
@@ -44,9 +44,30 @@ def draw_heat_map(title: str, names: Sequence[str], times: Sequence[int], shares
     return figure
 
 
-def publish(
-    figure: Figure, folder: Path, trainer: Trainer, stem: str = STEM, key: str = "rank/heat_map"
-) -> Path:
+def publish_if_possible(
+    trainer: Trainer, draw: Callable[[], Figure], stem: str, key: str, word: str = "figure"
+) -> str:
+    """Draw a figure and publish it in the log folder; what to say about it, empty in a trial run.
+
+    Args:
+        trainer: Knows folder and loggers; all ranks come here.
+        draw: Called on rank 0.
+        stem: Name of the files.
+        key: Name of the figure in a logger.
+        word: What it is called.
+    """
+    if getattr(trainer, "fast_dev_run", False):
+        return ""
+    # On all ranks, because a logger may ask the first one for its folder.
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    if not trainer.is_global_zero:
+        return ""
+    if find_spec("matplotlib") is None:
+        return f" No {word}: pip install 'lightning-sgd[report]'."
+    return f" {word.capitalize()}: {publish(draw(), folder, trainer, stem, key)}"
+
+
+def publish(figure: Figure, folder: Path, trainer: Trainer, stem: str, key: str) -> Path:
     """Save a figure as PNG and SVG, and hand it to the loggers that take figures.
 
     Args:

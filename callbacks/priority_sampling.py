@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +22,7 @@ from lightning_sgd.callbacks._priority_settings import (
     warn_of_settings,
 )
 from lightning_sgd.callbacks._priority_step import Loan, all_gathered, replace_train_dataloader
-from lightning_sgd.callbacks._rank_figure import publish
+from lightning_sgd.callbacks._rank_figure import publish_if_possible
 from lightning_sgd.functional.priority_sampling import (
     WeightNorm,
     annealed,
@@ -402,15 +400,7 @@ class PrioritySampling(Callback):
         """Draw and publish the figure; what to say about it."""
         if not self.save_figure or not self._running.history.steps:
             return ""
-        if getattr(trainer, "fast_dev_run", False):
-            return ""
-        # On all ranks, because a logger may ask the first one for its folder.
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero:
-            return ""
-        if find_spec("matplotlib") is None:
-            return " No figure: pip install 'lightning-sgd[report]'."
-        return f" Figure: {publish(self.plot(), folder, trainer, STEM, 'priority/spread')}"
+        return publish_if_possible(trainer, self.plot, STEM, "priority/spread")
 
     def _warn_if_warm_up_is_all(self, trainer: Trainer) -> None:
         epochs, warmup = trainer.max_epochs, self.settings["warmup_epochs"]

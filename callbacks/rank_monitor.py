@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._monitor import Monitor
 from lightning_sgd.callbacks._rank_bound import BoundTracker
-from lightning_sgd.callbacks._rank_figure import draw_heat_map, publish
+from lightning_sgd.callbacks._rank_figure import STEM, draw_heat_map, publish_if_possible
 from lightning_sgd.functional.rank_history import RankHistory, mean_of_the_living
 from lightning_sgd.functional.rank_measures import SpectralNorm
 from lightning_sgd.functional.spectral_measures import (
@@ -26,6 +24,9 @@ from lightning_sgd.functional.spectral_measures import (
     StatsMethod,
 )
 from lightning_sgd.functional.weight_matrices import WeightMatrix, find_weight_matrices
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NORM: Literal["frobenius_norm"] = "frobenius_norm"
 
@@ -267,23 +268,15 @@ class RankMonitor(Monitor):
 
     def _save_figure(self, trainer: Trainer) -> str:
         """Draw and publish the heat map; what to say about it."""
-        if not self.save_figure or getattr(trainer, "fast_dev_run", False):
+        if not self.save_figure:
             return ""
-        # On all ranks, because a logger may ask the first one for its folder.
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero:
-            return ""
-        if find_spec("matplotlib") is None:
-            return " No heat map: pip install 'lightning-sgd[report]'."
+        return publish_if_possible(trainer, self._heat_map, STEM, "rank/heat_map", "heat map")
+
+    def _heat_map(self) -> Figure:
         short = torch.tensor([min(matrix.shape) for matrix in self.matrices])
         quantity, times, values = self.history.headline()
-        figure = draw_heat_map(
-            f"{quantity} over short side",
-            [matrix.name for matrix in self.matrices],
-            times,
-            values / short,
-        )
-        return f" Heat map: {publish(figure, folder, trainer)}"
+        names = [matrix.name for matrix in self.matrices]
+        return draw_heat_map(f"{quantity} over short side", names, times, values / short)
 
     def _measure(
         self, trainer: Trainer, pl_module: LightningModule, measures: SpectralMeasures
