@@ -31,6 +31,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="write tests/surface.json from the names, arguments and keys of the package",
     )
+    parser.addoption(
+        "--write-checkpoints",
+        action="store_true",
+        help="write the files in tests/checkpoints that are missing; those of earlier versions stay",
+    )
 
 
 def pytest_configure(config):
