@@ -30,11 +30,11 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_sgd import get_aggregator
-from lightning_sgd.functional.traffic import all_reduce_traffic, send_traffic
-from lightning_sgd.strategies._direct_exchange import DirectExchange
-from lightning_sgd.strategies._exchange import Purpose
-from lightning_sgd.strategies._gradient_replica import GradientReplica
-from lightning_sgd.strategies._sharded_rule import Rejected, ShardedRule
+from lightning_sgd.functional.distributed.traffic import all_reduce_traffic, send_traffic
+from lightning_sgd.strategies._base.gradient_replica import GradientReplica
+from lightning_sgd.strategies._comm.all_to_all import DirectExchange
+from lightning_sgd.strategies._comm.collectives import Purpose
+from lightning_sgd.strategies.byzantine.sharded_rule import Rejected, ShardedRule
 
 RULES = ("mean", "filter", "median", "trmean", "geomed", "mda", "nnm+trmean")
 Step = Callable[[], None]

@@ -5,8 +5,8 @@ from lightning_sgd.callbacks.communication_monitor import CommunicationMonitor
 from lightning_sgd.callbacks.critical_batch_size_monitor import CriticalBatchSizeMonitor
 from lightning_sgd.callbacks.gaussianity_monitor import GaussianityMonitor
 from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor
-from lightning_sgd.callbacks.priority_sampling import PrioritySampling
-from lightning_sgd.callbacks.rank_monitor import RankMonitor
+from lightning_sgd.callbacks.priority_sampling.priority_sampling import PrioritySampling
+from lightning_sgd.callbacks.rank_monitor.rank_monitor import RankMonitor
 from lightning_sgd.callbacks.tail_index_monitor import TailIndexMonitor
 from lightning_sgd.callbacks.trajectory_regularization import TrajectoryRegularization
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_sgd.functional.noise_scale import NoiseScale, power_of_two, steps_ratio
+from lightning_sgd.functional.noise.noise_scale import NoiseScale, power_of_two, steps_ratio
 
 
 def describe_scale(scale: NoiseScale, times: Sequence[int]) -> str:

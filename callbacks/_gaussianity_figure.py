@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_sgd.functional.gaussianity_history import GaussianityHistory
+from lightning_sgd.callbacks._gaussianity_history import GaussianityHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sgd.functional.tra import (
+from lightning_sgd.functional.optim.tra import (
     InnerDecay,
     inner_step_size,
     next_position,

@@ -9,7 +9,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_sgd.functional.traffic import Traffic, all_reduce_traffic, broadcast_traffic
+from lightning_sgd.functional.distributed.traffic import (
+    Traffic,
+    all_reduce_traffic,
+    broadcast_traffic,
+)
 
 
 class TrafficSource(Protocol):

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.callbacks._monitor import Monitor
-from lightning_sgd.functional.rejections import RejectionTally, by_rank, rejected
+from lightning_sgd.callbacks._monitoring.monitor import Monitor
+from lightning_sgd.functional.robust.rejections import RejectionTally, by_rank, rejected
 
 WORTH_SAYING = 0.1
 """Share of steps from which on a rejected worker is named at the end."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._batch_size_advice import advice, describe_scale
 from lightning_sgd.callbacks._batch_size_figure import STEM, draw_batch_sizes
-from lightning_sgd.callbacks._gradient_collector import GradientCollector, GradientSource
-from lightning_sgd.callbacks._gradient_monitor import GradientMonitor
+from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector, GradientSource
+from lightning_sgd.callbacks._monitoring.gradient_monitor import GradientMonitor
 from lightning_sgd.data.effective_batch import effective_batch_size
-from lightning_sgd.functional.gradient_sample import GradientSample
-from lightning_sgd.functional.noise_scale import (
+from lightning_sgd.functional.noise.gradient_sample import GradientSample
+from lightning_sgd.functional.noise.noise_scale import (
     GradientNoise,
     NoiseScale,
     gradient_noise,

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._gaussianity_figure import STEM, draw_gaussianity
-from lightning_sgd.callbacks._gradient_collector import GradientCollector, GradientSource
-from lightning_sgd.callbacks._gradient_monitor import GradientMonitor
-from lightning_sgd.functional.gaussian_null import TestName
-from lightning_sgd.functional.gaussianity_history import GaussianityHistory
-from lightning_sgd.functional.gaussianity_settings import GaussianitySettings
-from lightning_sgd.functional.gradient_gaussianity import (
+from lightning_sgd.callbacks._gaussianity_history import GaussianityHistory
+from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector, GradientSource
+from lightning_sgd.callbacks._monitoring.gradient_monitor import GradientMonitor
+from lightning_sgd.functional.noise.gaussian_null import TestName
+from lightning_sgd.functional.noise.gaussianity_settings import GaussianitySettings
+from lightning_sgd.functional.noise.gradient_gaussianity import (
     MIN_GRADIENTS,
     gradient_gaussianity,
 )
-from lightning_sgd.functional.normality_tests import MAX_SAMPLES
+from lightning_sgd.functional.noise.normality_tests import MAX_SAMPLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,17 +11,17 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.callbacks._monitor import Monitor
-from lightning_sgd.functional.biased_sgd import BiasedSGDProblem
-from lightning_sgd.functional.biased_sgd_plan import biased_sgd_floor
-from lightning_sgd.functional.gradient_error import (
+from lightning_sgd.callbacks._monitoring.monitor import Monitor
+from lightning_sgd.functional.step_size.biased_sgd import BiasedSGDProblem
+from lightning_sgd.functional.step_size.biased_sgd_plan import biased_sgd_floor
+from lightning_sgd.functional.step_size.compression import (
     CompressorName,
     compression_sums,
     cosine,
     fit_error_model,
     relative_error,
 )
-from lightning_sgd.functional.gradient_error import (
+from lightning_sgd.functional.step_size.compression import (
     compressor as find_compressor,
 )
 

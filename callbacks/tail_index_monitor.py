@@ -10,10 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.callbacks._gradient_collector import GradientCollector, GradientSource
-from lightning_sgd.callbacks._gradient_monitor import GradientMonitor
+from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector, GradientSource
+from lightning_sgd.callbacks._monitoring.gradient_monitor import GradientMonitor
 from lightning_sgd.callbacks._tail_index_figure import CURVES, STEM, draw_tail_index
-from lightning_sgd.functional.gradient_tail_index import GradientTailIndex, gradient_tail_index
+from lightning_sgd.functional.noise.gradient_tail_index import (
+    GradientTailIndex,
+    gradient_tail_index,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

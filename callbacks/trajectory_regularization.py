@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sgd._run_record import say
+from lightning_sgd._run_log import say
 from lightning_sgd._validation import expect, is_finite_at_least
 from lightning_sgd.callbacks._stage import Stage, give_back
-from lightning_sgd.functional.tra import InnerDecay
+from lightning_sgd.functional.optim.tra import InnerDecay
 from lightning_sgd.optimizers._stages import StagedOptimizer, check_stages
 from lightning_sgd.optimizers._tensors import refuse_sharded, refuse_sparse
 

@@ -20,8 +20,10 @@ def commands() -> dict[str, list[str]]:
         path.name: ["-m", "lightning_sgd", "fit", "--config", str(path)]
         for path in sorted(FOLDER.glob("*.yaml"))
     }
-    for path in sorted(FOLDER.glob("*.py")):
-        if path != Path(__file__).resolve():
+    own = FOLDER / "run_all.py"
+    scripts = [*FOLDER.glob("*.py"), *FOLDER.glob("reproductions/[!_]*.py")]
+    for path in sorted(scripts, key=lambda script: script.name):
+        if path != own:
             found[path.name] = [str(path), "--quick"]
     return found
 

@@ -63,64 +63,8 @@ from lightning_sgd.callbacks import (
 from lightning_sgd.data.digits import DigitsDataModule
 from lightning_sgd.data.effective_batch import effective_batch_size
 from lightning_sgd.data.resumable import ResumableDataLoader
-from lightning_sgd.functional.biased_sgd import (
-    BiasedSGDProblem,
-    StepBound,
-    biased_sgd_step_bound,
-)
-from lightning_sgd.functional.biased_sgd_plan import (
-    biased_sgd_bound,
-    biased_sgd_floor,
-    max_relative_error,
-    optimal_step,
-)
-from lightning_sgd.functional.biased_sgd_sdp import biased_sgd_sdp
-from lightning_sgd.functional.condition_numbers import ConditionNumbers, estimate_condition_numbers
-from lightning_sgd.functional.critical_batch_size import (
-    LeastSquaresConstants,
-    critical_batch_size,
-    least_squares_constants,
-    max_learning_rate,
-)
-from lightning_sgd.functional.gaussian_null import DirectionTests
-from lightning_sgd.functional.gaussianity_settings import GaussianitySettings
-from lightning_sgd.functional.gradient_error import fit_error_model
-from lightning_sgd.functional.gradient_gaussianity import (
-    GaussianityResult,
-    gradient_gaussianity,
-)
-from lightning_sgd.functional.gram_projections import effective_dimension, gram_projections
-from lightning_sgd.functional.hogwild import diminishing_bound
-from lightning_sgd.functional.mass_theory import (
-    MaSSHyperParameters,
-    batch_size_regime,
-    critical_batch_sizes,
-    mass_hyperparameters,
-)
-from lightning_sgd.functional.mixing import Mixing
-from lightning_sgd.functional.noise_scale import NoiseScale
-from lightning_sgd.functional.normality_tests import (
-    NormalityTest,
-    anderson_darling,
-    jarque_bera,
-    shapiro_wilk,
-)
-from lightning_sgd.functional.partition import partition_by_label
-from lightning_sgd.functional.rank_collapse import spectral_stats
-from lightning_sgd.functional.stable_law import sample_stable
-from lightning_sgd.functional.tail_estimators import (
-    dedh_tail_index,
-    ecf_tail_index,
-    hill_tail_index,
-    mcculloch_tail_index,
-    pickands_tail_index,
-)
-from lightning_sgd.functional.tail_index import (
-    TailIndexResult,
-    dyadic_tail_index,
-    log_moment_tail_index,
-)
-from lightning_sgd.functional.topologies import (
+from lightning_sgd.functional.distributed.mixing import Mixing
+from lightning_sgd.functional.distributed.topologies import (
     Complete,
     Exponential,
     FromGraph,
@@ -129,6 +73,65 @@ from lightning_sgd.functional.topologies import (
     Ring,
     Topology,
     Torus,
+)
+from lightning_sgd.functional.noise.gaussian_null import DirectionTests
+from lightning_sgd.functional.noise.gaussianity_settings import GaussianitySettings
+from lightning_sgd.functional.noise.gradient_gaussianity import (
+    GaussianityResult,
+    gradient_gaussianity,
+)
+from lightning_sgd.functional.noise.gram_projections import effective_dimension, gram_projections
+from lightning_sgd.functional.noise.noise_scale import NoiseScale
+from lightning_sgd.functional.noise.normality_tests import (
+    NormalityTest,
+    anderson_darling,
+    jarque_bera,
+    shapiro_wilk,
+)
+from lightning_sgd.functional.noise.stable_law import sample_stable
+from lightning_sgd.functional.noise.tail_estimators import (
+    dedh_tail_index,
+    ecf_tail_index,
+    hill_tail_index,
+    mcculloch_tail_index,
+    pickands_tail_index,
+)
+from lightning_sgd.functional.noise.tail_index import (
+    TailIndexResult,
+    dyadic_tail_index,
+    log_moment_tail_index,
+)
+from lightning_sgd.functional.optim.mass_theory import (
+    MaSSHyperParameters,
+    batch_size_regime,
+    critical_batch_sizes,
+    mass_hyperparameters,
+)
+from lightning_sgd.functional.partition import partition_by_label
+from lightning_sgd.functional.spectra.rank_collapse import spectral_stats
+from lightning_sgd.functional.step_size.biased_sgd import (
+    BiasedSGDProblem,
+    StepBound,
+    biased_sgd_step_bound,
+)
+from lightning_sgd.functional.step_size.biased_sgd_plan import (
+    biased_sgd_bound,
+    biased_sgd_floor,
+    max_relative_error,
+    optimal_step,
+)
+from lightning_sgd.functional.step_size.biased_sgd_sdp import biased_sgd_sdp
+from lightning_sgd.functional.step_size.compression import fit_error_model
+from lightning_sgd.functional.step_size.condition_numbers import (
+    ConditionNumbers,
+    estimate_condition_numbers,
+)
+from lightning_sgd.functional.step_size.diminishing import diminishing_bound
+from lightning_sgd.functional.step_size.least_squares import (
+    LeastSquaresConstants,
+    critical_batch_size,
+    least_squares_constants,
+    max_learning_rate,
 )
 from lightning_sgd.lr_schedulers import BiasedSGDLR, DiminishingLR
 from lightning_sgd.metrics import (

@@ -6,7 +6,7 @@ classes in lower case, which is what the Trainer makes of ``--trainer.strategy=L
 """
 
 from lightning_sgd.strategies._registry import register
-from lightning_sgd.strategies.byzantine import ByzantineStrategy
+from lightning_sgd.strategies.byzantine.byzantine import ByzantineStrategy
 from lightning_sgd.strategies.gossip_pga import GossipPGAStrategy
 from lightning_sgd.strategies.local_sgd import LocalSGDStrategy
 from lightning_sgd.strategies.overlap_local_sgd import OverlapLocalSGDStrategy

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sgd.functional.flat_buffers import FlatBuffers, distance
-from lightning_sgd.functional.overlap_local_sgd import move_anchor_, pull_back_, velocity_scale
-from lightning_sgd.strategies._exchange import Exchange, Purpose
-from lightning_sgd.strategies._in_flight import PendingMean
-from lightning_sgd.strategies._replica import Replica
+from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers, distance
+from lightning_sgd.functional.distributed.overlap_local_sgd import (
+    move_anchor_,
+    pull_back_,
+    velocity_scale,
+)
+from lightning_sgd.strategies._base.replica import Replica
+from lightning_sgd.strategies._comm.collectives import Exchange, Purpose
+from lightning_sgd.strategies._comm.in_flight import PendingMean
 
 
 class Anchor:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sgd.functional.flat_buffers import FlatBuffers
-from lightning_sgd.functional.gossip_pga import weighted_differences
-from lightning_sgd.functional.mixing import Mixing
-from lightning_sgd.strategies._exchange import Exchange
-from lightning_sgd.strategies._in_flight import Swap
-from lightning_sgd.strategies._replica import Replica
+from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
+from lightning_sgd.functional.distributed.gossip_pga import weighted_differences
+from lightning_sgd.functional.distributed.mixing import Mixing
+from lightning_sgd.strategies._base.replica import Replica
+from lightning_sgd.strategies._comm.collectives import Exchange
+from lightning_sgd.strategies._comm.in_flight import Swap
 
 
 class Mixer:

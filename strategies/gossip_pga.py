@@ -11,16 +11,16 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sgd._validation import expect, warn_no_effect
-from lightning_sgd.functional.gossip_pga import AdaptivePeriod, Smoothed
-from lightning_sgd.functional.topologies import NAMED, Topology
-from lightning_sgd.strategies._consensus import BufferPolicy, OptimizerStatePolicy
-from lightning_sgd.strategies._mixer import Mixer
-from lightning_sgd.strategies._parameter_averaging import (
+from lightning_sgd.functional.distributed.gossip_pga import AdaptivePeriod, Smoothed
+from lightning_sgd.functional.distributed.topologies import NAMED, Topology
+from lightning_sgd.strategies._base.common_model import BufferPolicy, OptimizerStatePolicy
+from lightning_sgd.strategies._base.parameter_averaging import (
     InitialWeights,
     ParameterAveragingStrategy,
     StartMethod,
 )
-from lightning_sgd.strategies._replica import Replica
+from lightning_sgd.strategies._base.replica import Replica
+from lightning_sgd.strategies._mixer import Mixer
 
 
 class GossipPGAStrategy(ParameterAveragingStrategy):

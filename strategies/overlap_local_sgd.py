@@ -10,16 +10,16 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.functional.overlap_local_sgd import effective_step
+from lightning_sgd.functional.distributed.overlap_local_sgd import effective_step
 from lightning_sgd.strategies._anchor import Anchor
-from lightning_sgd.strategies._consensus import BufferPolicy
-from lightning_sgd.strategies._gradients import average_gradients, describe_warm_up
-from lightning_sgd.strategies._parameter_averaging import (
+from lightning_sgd.strategies._base.common_model import BufferPolicy
+from lightning_sgd.strategies._base.gradients import average_gradients, describe_warm_up
+from lightning_sgd.strategies._base.parameter_averaging import (
     InitialWeights,
     ParameterAveragingStrategy,
     StartMethod,
 )
-from lightning_sgd.strategies._replica import Replica
+from lightning_sgd.strategies._base.replica import Replica
 
 
 class OverlapLocalSGDStrategy(ParameterAveragingStrategy):

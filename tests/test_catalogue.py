@@ -28,7 +28,7 @@ HOUSE = {
 
 @METHODS
 def test_every_place_is_there(method, root):
-    importlib.import_module(method.core)
+    importlib.import_module(f"lightning_sgd.functional.{method.core}")
     for path in (method.example, method.card, *method.tests):
         assert (root / path).is_file(), path
     for plugin in method.plugins:

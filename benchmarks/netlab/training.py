@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sgd.callbacks._traffic_source import TrafficSource, find_source
-from lightning_sgd.functional.traffic import Traffic
+from lightning_sgd.functional.distributed.traffic import Traffic
 
 from .counters import read
 from .network import INTERFACE

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.functional.stacked_rows import (
+from lightning_sgd.functional.robust.stacked_rows import (
     BLOCK,
     Rows,
     check_rows,

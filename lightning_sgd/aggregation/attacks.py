@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sgd._validation import expect, is_finite_at_least
 from lightning_sgd.aggregation._aggregator import Aggregator
 from lightning_sgd.aggregation._attack import Attack, Scope
-from lightning_sgd.functional.attacks import alie_factor, largest_hidden_factor, maximize
+from lightning_sgd.functional.robust.attacks import alie_factor, largest_hidden_factor, maximize
 
 
 class SignFlip(Attack):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect, is_finite_at_least
 from lightning_sgd.aggregation._aggregator import GramRule
-from lightning_sgd.functional.geometric_median import distances_from
+from lightning_sgd.functional.robust.geometric_median import distances_from
 
 
 class CenteredClipping(GramRule):

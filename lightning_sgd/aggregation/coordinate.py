@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_sgd.aggregation._aggregator import CoordinateRule
-from lightning_sgd.functional.order_statistics import (
+from lightning_sgd.functional.robust.order_statistics import (
     column_median,
     mean_near_median,
     mean_near_trimmed_mean,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect, is_finite_at_least
 from lightning_sgd.aggregation._attack import Attack, Scope
-from lightning_sgd.functional.attacks import flip_exponent_bit
+from lightning_sgd.functional.robust.attacks import flip_exponent_bit
 
 
 class GaussianAttack(Attack):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect, is_finite_at_least
 from lightning_sgd.aggregation._aggregator import GramRule
-from lightning_sgd.functional.geometric_median import median_among_rows, weiszfeld
-from lightning_sgd.functional.stacked_rows import squared_distances
+from lightning_sgd.functional.robust.geometric_median import median_among_rows, weiszfeld
+from lightning_sgd.functional.robust.stacked_rows import squared_distances
 
 
 class GeometricMedian(GramRule):

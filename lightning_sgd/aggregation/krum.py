@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect
 from lightning_sgd.aggregation._aggregator import Aggregator, GramRule
-from lightning_sgd.functional.order_statistics import mean_near_median
-from lightning_sgd.functional.stacked_rows import squared_distances
+from lightning_sgd.functional.robust.order_statistics import mean_near_median
+from lightning_sgd.functional.robust.stacked_rows import squared_distances
 
 
 def krum_scores(distances: Tensor, num_neighbours: int) -> Tensor:

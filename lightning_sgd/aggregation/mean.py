@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_sgd.aggregation._aggregator import CoordinateRule
-from lightning_sgd.functional.stacked_rows import combine
+from lightning_sgd.functional.robust.stacked_rows import combine
 
 
 class Mean(CoordinateRule):

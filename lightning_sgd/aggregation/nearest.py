@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect
 from lightning_sgd.aggregation._aggregator import GramRule
-from lightning_sgd.functional.stacked_rows import squared_distances
+from lightning_sgd.functional.robust.stacked_rows import squared_distances
 
 
 class FABA(GramRule):

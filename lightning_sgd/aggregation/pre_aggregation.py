@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect, is_finite_at_least
 from lightning_sgd.aggregation._draws import Draws
-from lightning_sgd.functional.stacked_rows import (
+from lightning_sgd.functional.robust.stacked_rows import (
     Rows,
     check_rows,
     column_blocks,

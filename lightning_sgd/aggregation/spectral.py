@@ -11,7 +11,11 @@ from torch import Tensor
 from lightning_sgd._validation import expect, is_finite_at_least, warn_no_effect
 from lightning_sgd.aggregation._aggregator import GramRule
 from lightning_sgd.aggregation._draws import Draws
-from lightning_sgd.functional.byzantine import largest_spread, noise_floor, spectral_filter
+from lightning_sgd.functional.robust.spectral_filter import (
+    largest_spread,
+    noise_floor,
+    spectral_filter,
+)
 
 
 class SpectralFilter(GramRule):

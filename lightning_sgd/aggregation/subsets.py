@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect
 from lightning_sgd.aggregation._aggregator import GramRule
-from lightning_sgd.functional.stacked_rows import squared_distances
-from lightning_sgd.functional.subset_covariance import smallest_covariance_subset
-from lightning_sgd.functional.vertex_cover import smallest_diameter_subset
+from lightning_sgd.functional.robust.stacked_rows import squared_distances
+from lightning_sgd.functional.robust.subsets import smallest_covariance_subset
+from lightning_sgd.functional.robust.vertex_cover import smallest_diameter_subset
 
 
 class MDA(GramRule):

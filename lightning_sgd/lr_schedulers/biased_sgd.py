@@ -9,8 +9,12 @@ from typing import Any, Protocol
 from torch.optim import Optimizer
 
 from lightning_sgd._validation import expect, is_finite_at_least, warn_outside_intended_use
-from lightning_sgd.functional.biased_sgd import BiasedSGDProblem, biased_sgd_step_bound, check_error
-from lightning_sgd.functional.biased_sgd_plan import (
+from lightning_sgd.functional.step_size.biased_sgd import (
+    BiasedSGDProblem,
+    biased_sgd_step_bound,
+    check_error,
+)
+from lightning_sgd.functional.step_size.biased_sgd_plan import (
     LARGEST,
     biased_sgd_floor,
     closed_form_step,

@@ -7,7 +7,12 @@ from dataclasses import asdict
 from torch.optim import Optimizer
 
 from lightning_sgd._validation import warn_outside_intended_use
-from lightning_sgd.functional.hogwild import DiminishingSteps, StepForm, Theorem, diminishing_steps
+from lightning_sgd.functional.step_size.diminishing import (
+    DiminishingSteps,
+    StepForm,
+    Theorem,
+    diminishing_steps,
+)
 from lightning_sgd.lr_schedulers._plain_sgd import differences_from_plain_sgd
 from lightning_sgd.lr_schedulers._planned import PlannedLR
 

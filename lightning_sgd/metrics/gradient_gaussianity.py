@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.functional.gaussian_null import TestName
-from lightning_sgd.functional.gaussianity_settings import GaussianitySettings
-from lightning_sgd.functional.gradient_gaussianity import (
+from lightning_sgd.functional.noise.gaussian_null import TestName
+from lightning_sgd.functional.noise.gaussianity_settings import GaussianitySettings
+from lightning_sgd.functional.noise.gradient_gaussianity import (
     GaussianityResult,
     gradient_gaussianity,
 )
-from lightning_sgd.functional.gradient_sample import Coordinates
-from lightning_sgd.functional.normality_tests import MAX_SAMPLES
+from lightning_sgd.functional.noise.gradient_sample import Coordinates
+from lightning_sgd.functional.noise.normality_tests import MAX_SAMPLES
 from lightning_sgd.metrics._scalar_metric import ScalarMetric
 
 

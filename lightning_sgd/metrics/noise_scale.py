@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sgd.functional.noise_scale import (
+from lightning_sgd.functional.noise.noise_scale import (
     GradientNoise,
     NoiseScale,
     gradient_noise,

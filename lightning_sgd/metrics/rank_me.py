@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect, is_finite_at_least
-from lightning_sgd.functional.gram import gram_singular_values
-from lightning_sgd.functional.rank_measures import rankme
+from lightning_sgd.functional.spectra.gram import gram_singular_values
+from lightning_sgd.functional.spectra.rank_measures import rankme
 from lightning_sgd.metrics._scalar_metric import ScalarMetric
 
 

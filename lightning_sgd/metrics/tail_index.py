@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.functional.dyadic_ladder import LadderSums, coordinate_sums, pooled_sums
-from lightning_sgd.functional.tail_index import TailIndexResult, tail_index_of
+from lightning_sgd.functional.noise.dyadic_ladder import LadderSums, coordinate_sums, pooled_sums
+from lightning_sgd.functional.noise.tail_index import TailIndexResult, tail_index_of
 from lightning_sgd.metrics._scalar_metric import ScalarMetric
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_sgd._validation import expect
-from lightning_sgd.functional.spectral_measures import Measure, SpectralMeasures, StatsMethod
-from lightning_sgd.functional.weight_matrices import find_weight_matrices
+from lightning_sgd.functional.spectra.spectral_stats import Measure, SpectralMeasures, StatsMethod
+from lightning_sgd.functional.spectra.weight_matrices import find_weight_matrices
 
 if TYPE_CHECKING:
     from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_sgd._validation import expect, is_finite_at_least, warn_no_effect
-from lightning_sgd.functional.tra import (
+from lightning_sgd.functional.optim.tra import (
     InnerDecay,
     inner_step_size,
     next_position,

@@ -17,7 +17,7 @@ from lightning_sgd._validation import (
     warn_no_effect,
     warn_outside_intended_use,
 )
-from lightning_sgd.functional.mass import (
+from lightning_sgd.functional.optim.mass import (
     fused_mass_works,
     mass_coefficients,
     mass_for_loop_,
@@ -25,7 +25,7 @@ from lightning_sgd.functional.mass import (
     mass_fused_,
     mass_parameters_from_steps,
 )
-from lightning_sgd.functional.mass_theory import mass_hyperparameters
+from lightning_sgd.functional.optim.mass_theory import mass_hyperparameters
 from lightning_sgd.optimizers._tensors import refuse_complex, tensors_by_type
 
 ParamGroup: TypeAlias = dict[str, Any]

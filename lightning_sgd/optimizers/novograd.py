@@ -16,7 +16,7 @@ from lightning_sgd._validation import (
     warn_no_effect,
     warn_outside_intended_use,
 )
-from lightning_sgd.functional.novograd import (
+from lightning_sgd.functional.optim.novograd import (
     NovoGradSettings,
     NovoGradVariant,
     fused_novograd_works,

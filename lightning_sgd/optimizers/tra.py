@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_sgd._validation import expect, is_finite_at_least
-from lightning_sgd.functional.momentum_steps import (
+from lightning_sgd.functional.optim.momentum_steps import (
     AdamSettings,
     adam_for_loop_,
     adam_foreach_,
@@ -17,7 +17,7 @@ from lightning_sgd.functional.momentum_steps import (
     sgd_foreach_,
     sgd_fused_,
 )
-from lightning_sgd.functional.tra import InnerDecay
+from lightning_sgd.functional.optim.tra import InnerDecay
 from lightning_sgd.optimizers._stages import ParamGroup, Portion, StagedOptimizer, choose
 from lightning_sgd.optimizers._tensors import TensorType
 

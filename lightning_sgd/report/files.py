@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lightning_sgd._run_record import FILE as FINDINGS
+from lightning_sgd._run_log import FILE as FINDINGS
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sgd.functional.priority_sampling import (
+from lightning_sgd.functional.sampling.priority_sampling import (
     WeightNorm,
     importance_weights,
     normalized_weights,

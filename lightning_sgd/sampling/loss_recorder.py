@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_sgd._validation import expect
-from lightning_sgd.functional.sample_losses import (
+from lightning_sgd.functional.sampling.sample_losses import (
     RULES,
     Arguments,
     LossFunction,
@@ -23,7 +23,7 @@ from lightning_sgd.functional.sample_losses import (
     sample_losses,
     sample_scores,
 )
-from lightning_sgd.functional.sample_scores import (
+from lightning_sgd.functional.sampling.sample_scores import (
     last_layer_score,
     output_gradient_score,
     parameter_gradient_score,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect, is_finite_at_least
-from lightning_sgd.functional.priority_sampling import (
+from lightning_sgd.functional.sampling.priority_sampling import (
     decayed_scores,
     priority_values,
     rank_values,

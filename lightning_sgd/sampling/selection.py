@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect, is_finite_at_least
-from lightning_sgd.functional.batch_selection import (
+from lightning_sgd.functional.sampling.batch_selection import (
     draw_rows,
     keep_by_percentile,
     keep_by_quantile,
     keep_largest,
 )
-from lightning_sgd.functional.priority_sampling import batch_size_gain, presample_threshold
+from lightning_sgd.functional.sampling.priority_sampling import batch_size_gain, presample_threshold
 
 SelectionRule: TypeAlias = Literal["quantile", "percentile", "top"]
 

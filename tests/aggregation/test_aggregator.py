@@ -27,7 +27,7 @@ from lightning_sgd.aggregation import (
     SpectralFilter,
     get_aggregator,
 )
-from lightning_sgd.functional.stacked_rows import combine, row_gram, squared_row_norms
+from lightning_sgd.functional.robust.stacked_rows import combine, row_gram, squared_row_norms
 
 E5 = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [10.0, 10.0]])
 

@@ -26,7 +26,7 @@ from lightning_sgd.aggregation import (
     SpectralFilter,
     TrimmedMean,
 )
-from lightning_sgd.functional.attacks import alie_factor
+from lightning_sgd.functional.robust.attacks import alie_factor
 
 HONEST = torch.tensor([[1.0, 2.0], [3.0, 2.0], [5.0, 8.0]])  # mean (3, 4), std (2, √12)
 OWN = torch.tensor([[1.0, -1.0], [2.0, 0.5]])

@@ -88,7 +88,7 @@ def test_blocks_and_vectors_are_one_matrix(name, monkeypatch):
     rows = rows_with_outliers(11, 2, 1001, seed=2)
     whole = get_aggregator(name, 2)(rows)
     from lightning_sgd.aggregation import _aggregator
-    from lightning_sgd.functional import stacked_rows
+    from lightning_sgd.functional.robust import stacked_rows
 
     monkeypatch.setattr(_aggregator, "BLOCK", 64)
     monkeypatch.setattr(stacked_rows.column_blocks, "__defaults__", (100,))

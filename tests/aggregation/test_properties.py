@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_sgd.aggregation import CenteredClipping, SpectralFilter, get_aggregator
 from lightning_sgd.aggregation.composition import RULES
-from lightning_sgd.functional.byzantine import largest_spread, spectral_filter
+from lightning_sgd.functional.robust.spectral_filter import largest_spread, spectral_filter
 
 NAMES = [*RULES, "nnm+trmean", "nnm+median", "nnm+multikrum", "arc+nnm+filter"]
 EVERY_RULE = pytest.mark.parametrize("name", NAMES)

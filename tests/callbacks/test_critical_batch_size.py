@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_sgd import CriticalBatchSizeMonitor, LocalSGDStrategy
 from lightning_sgd.callbacks._batch_size_advice import advice, describe_scale
-from lightning_sgd.functional.noise_scale import NoiseScale
+from lightning_sgd.functional.noise.noise_scale import NoiseScale
 
 
 def sgd(params):

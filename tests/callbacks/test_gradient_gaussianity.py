@@ -14,7 +14,7 @@ from support.training import Regression, TwoOptimizers, batches, loss_of, traine
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_sgd import GaussianityMonitor, TailIndexMonitor, gradient_gaussianity
-from lightning_sgd.functional.gaussianity_history import GaussianityHistory
+from lightning_sgd.callbacks._gaussianity_history import GaussianityHistory
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

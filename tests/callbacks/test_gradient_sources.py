@@ -28,8 +28,8 @@ from lightning_sgd import (
     OverlapLocalSGDStrategy,
     TailIndexMonitor,
 )
-from lightning_sgd.callbacks._gradient_collector import GradientCollector
-from lightning_sgd.callbacks._gradient_monitor import GradientMonitor
+from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector
+from lightning_sgd.callbacks._monitoring.gradient_monitor import GradientMonitor
 
 pytestmark = pytest.mark.timeout(60)
 

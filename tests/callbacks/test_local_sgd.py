@@ -13,8 +13,8 @@ from support.strategy_training import FORK, Run, ddp
 
 from lightning_sgd import CommunicationMonitor, LocalSGDStrategy
 from lightning_sgd.callbacks._traffic_source import find_source
-from lightning_sgd.functional.consensus import consensus_distance
-from lightning_sgd.functional.traffic import Traffic, blocked_share, traffic_table
+from lightning_sgd.functional.distributed.consensus import consensus_distance
+from lightning_sgd.functional.distributed.traffic import Traffic, blocked_share, traffic_table
 
 pytestmark = pytest.mark.timeout(60)
 NUM_STEPS, NUM_PARAMS = 14, 4 * 8 + 8 + 8 + 1

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from support.training import Regression, batches, trainer
 
-from lightning_sgd.callbacks._monitor import Monitor
+from lightning_sgd.callbacks._monitoring.monitor import Monitor
 
 
 class Gambler(Monitor):
@@ -97,7 +97,9 @@ class Clock(Callback):
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("lightning_sgd.callbacks._monitor.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr(
+            "lightning_sgd.callbacks._monitoring.monitor.time.perf_counter", lambda: self.now
+        )
 
     def on_train_batch_start(self, *args):
         self.now += 1.0

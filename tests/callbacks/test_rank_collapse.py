@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from support.training import Regression, batches, trainer
 
 from lightning_sgd import MaSS, RankMonitor
-from lightning_sgd.callbacks._monitor import Monitor
+from lightning_sgd.callbacks._monitoring.monitor import Monitor
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5, weight_decay=0.05)
 
@@ -103,7 +103,9 @@ class SlowClock(Callback):
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("lightning_sgd.callbacks._monitor.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr(
+            "lightning_sgd.callbacks._monitoring.monitor.time.perf_counter", lambda: self.now
+        )
         for name, seconds in (("look", 1 / 2), ("glance", 1 / 8)):
             monkeypatch.setattr(RankMonitor, name, self.slow(getattr(RankMonitor, name), seconds))
 

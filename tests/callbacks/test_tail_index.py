@@ -18,10 +18,10 @@ from torchmetrics import MeanMetric
 
 from lightning_sgd import TailIndexMonitor, sample_stable
 from lightning_sgd.callbacks._gathering import gather
-from lightning_sgd.callbacks._gradient_collector import GradientCollector
-from lightning_sgd.callbacks._module_state import module_state_kept
-from lightning_sgd.functional.gradient_sample import Coordinates, GradientSample
-from lightning_sgd.functional.gradient_tail_index import gradient_tail_index
+from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector
+from lightning_sgd.callbacks._monitoring.module_state import module_state_kept
+from lightning_sgd.functional.noise.gradient_sample import Coordinates, GradientSample
+from lightning_sgd.functional.noise.gradient_tail_index import gradient_tail_index
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

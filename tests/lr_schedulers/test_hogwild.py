@@ -10,7 +10,7 @@ import pytest
 from support.schedules import advance, sgd
 
 from lightning_sgd import DiminishingLR, MaSS, OutsideIntendedUseWarning, diminishing_bound
-from lightning_sgd.functional.hogwild import diminishing_steps
+from lightning_sgd.functional.step_size.diminishing import diminishing_steps
 
 HERE = {"mu": 0.125, "L": 1.0}  # κ = 8; powers of two, so that numbers by hand are exact
 

@@ -11,7 +11,7 @@ import torch
 from pytorch_optimizer import AccSGD
 
 from lightning_sgd import MaSS, NoEffectWarning, OutsideIntendedUseWarning, mass_hyperparameters
-from lightning_sgd.functional.mass import fused_mass_works, mass_coefficients
+from lightning_sgd.functional.optim.mass import fused_mass_works, mass_coefficients
 from lightning_sgd.optimizers.mass import _choose_step
 
 IMPLEMENTATIONS = {

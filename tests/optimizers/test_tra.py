@@ -12,8 +12,8 @@ from support.parameters import gradients, parameters, run
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sgd import TRSGD, NoEffectWarning, TRAdam
-from lightning_sgd.functional.momentum_steps import fused_adam_works, fused_sgd_works
-from lightning_sgd.functional.tra import pull_strength
+from lightning_sgd.functional.optim.momentum_steps import fused_adam_works, fused_sgd_works
+from lightning_sgd.functional.optim.tra import pull_strength
 
 IMPLEMENTATIONS = {
     "for-loop": {"foreach": False, "fused": False},

@@ -9,8 +9,8 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
-from lightning_sgd.functional import priority_sampling as ps
-from lightning_sgd.functional.sample_scores import cross_entropy_score
+from lightning_sgd.functional.sampling import priority_sampling as ps
+from lightning_sgd.functional.sampling.sample_scores import cross_entropy_score
 from lightning_sgd.sampling import PrioritySampler
 
 N, B, NUM_BATCHES = 60, 16, 4000

@@ -41,7 +41,7 @@ from lightning_sgd import (
     NonFinite,
     SignFlip,
 )
-from lightning_sgd.functional.traffic import all_reduce_traffic
+from lightning_sgd.functional.distributed.traffic import all_reduce_traffic
 
 pytestmark = [
     pytest.mark.timeout(60),

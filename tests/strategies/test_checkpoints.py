@@ -14,7 +14,7 @@ from support.strategy_training import Run, flat, sgd, spread
 from support.training import Regression, trainer
 from support.watching import assert_equal
 
-from lightning_sgd.strategies._checkpoints import (
+from lightning_sgd.strategies._base.checkpoint_format import (
     KEY,
     for_rank,
     mean_of_states,

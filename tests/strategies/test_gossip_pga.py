@@ -42,8 +42,12 @@ from lightning_sgd import (
     Ring,
     Torus,
 )
-from lightning_sgd.functional.gossip_pga import AdaptivePeriod, Smoothed, weighted_differences
-from lightning_sgd.strategies._exchange import Exchange
+from lightning_sgd.functional.distributed.gossip_pga import (
+    AdaptivePeriod,
+    Smoothed,
+    weighted_differences,
+)
+from lightning_sgd.strategies._comm.collectives import Exchange
 
 pytestmark = [
     pytest.mark.timeout(90),

@@ -29,8 +29,8 @@ from support.training import Regression, loss_of, network, trainer
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
 from lightning_sgd import LocalSGDStrategy, NoEffectWarning
-from lightning_sgd.functional.local_sgd import PeriodSchedule, RunningMean
-from lightning_sgd.functional.traffic import all_reduce_traffic
+from lightning_sgd.functional.distributed.local_sgd import PeriodSchedule, RunningMean
+from lightning_sgd.functional.distributed.traffic import all_reduce_traffic
 
 pytestmark = pytest.mark.timeout(90)
 NUM_PARAMS = 4 * 8 + 8 + 8 + 1

@@ -29,7 +29,7 @@ from support.strategy_training import (
 from support.training import Regression, loss_of, network, trainer
 
 from lightning_sgd import LocalSGDStrategy, OverlapLocalSGDStrategy
-from lightning_sgd.functional.overlap_local_sgd import (
+from lightning_sgd.functional.distributed.overlap_local_sgd import (
     effective_step,
     move_anchor_,
     pull_back_,

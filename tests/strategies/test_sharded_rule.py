@@ -12,14 +12,18 @@ import torch
 from support.processes import run_ranks
 
 from lightning_sgd.aggregation import Mean, SignFlip, get_aggregator
-from lightning_sgd.functional.traffic import all_reduce_traffic
-from lightning_sgd.strategies._direct_exchange import DIRECT_BYTES, DirectExchange
-from lightning_sgd.strategies._drill import Drill
-from lightning_sgd.strategies._exchange import Purpose
-from lightning_sgd.strategies._faults import ExchangeError
-from lightning_sgd.strategies._gradient_replica import GradientReplica
-from lightning_sgd.strategies._shard_audit import ShardAudit, pair
-from lightning_sgd.strategies._sharded_rule import Rejected, ShardedRule, squared_distances_from
+from lightning_sgd.functional.distributed.traffic import all_reduce_traffic
+from lightning_sgd.strategies._base.gradient_replica import GradientReplica
+from lightning_sgd.strategies._comm.all_to_all import DIRECT_BYTES, DirectExchange
+from lightning_sgd.strategies._comm.collectives import Purpose
+from lightning_sgd.strategies._comm.failures import ExchangeError
+from lightning_sgd.strategies.byzantine.shard_audit import ShardAudit, pair
+from lightning_sgd.strategies.byzantine.sharded_rule import (
+    Rejected,
+    ShardedRule,
+    squared_distances_from,
+)
+from lightning_sgd.strategies.byzantine.simulated_attack import Drill
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -1,0 +1,128 @@
+"""Draws batches from the training data, and takes their gradients without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_sgd.callbacks._monitoring.module_state import module_state_kept
+
+LossFunction: TypeAlias = Callable[[LightningModule, Any], Tensor]
+
+
+def obstacle_to_own_batches(
+    trainer: Trainer, pl_module: LightningModule, loss_fn: LossFunction | None
+) -> str | None:
+    """Why no batches can be drawn or nobody knows their loss; ``None`` if all is well.
+
+    Args:
+        trainer: About to train.
+        pl_module: The module.
+        loss_fn: What the user gave.
+    """
+    if loss_fn is None and not pl_module.automatic_optimization:
+        return "in manual optimization only `loss_fn` can say what the loss is"
+    takes_iterator = is_param_in_hook_signature(
+        pl_module.training_step, "dataloader_iter", explicit=True
+    )
+    if loss_fn is None and takes_iterator:
+        return "`training_step` takes an iterator, so that only `loss_fn` can say what the loss is"
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return "batches can be drawn from a single DataLoader with a map-style data set only"
+    return None
+
+
+def draw_batch(
+    trainer: Trainer, loader: DataLoader[Any], size: int, generator: torch.Generator
+) -> Callable[[], Any]:
+    """Draw samples with replacement; the batch itself is made, and moved to the device, when it is called for.
+
+    Args:
+        trainer: Knows device and precision.
+        loader: Of the training data.
+        size: How many.
+        generator: Draws.
+    """
+    length = len(loader.dataset)  # type: ignore[arg-type]  # map-style, see `obstacle_to_own_batches`
+    draw = torch.randint(length, (size,), generator=generator).tolist()
+    return lambda: to_device(_fetch(loader, draw), trainer)
+
+
+def gradient_of(
+    trainer: Trainer, module: LightningModule, batch: Any, loss_fn: LossFunction | None
+) -> list[Tensor]:
+    """The gradient of each trained parameter, zero where a parameter is not used.
+
+    Args:
+        trainer: Knows the precision.
+        module: The module.
+        batch: On its device.
+        loss_fn: Instead of ``training_step``.
+    """
+    params = [param for param in module.parameters() if param.requires_grad]
+    with torch.enable_grad(), trainer.precision_plugin.train_step_context():
+        loss = loss_fn(module, batch) if loss_fn else _training_loss(module, batch)
+    gradients = torch.autograd.grad(loss, params, allow_unused=True)
+    return [
+        torch.zeros_like(param) if gradient is None else gradient.detach()
+        for param, gradient in zip(params, gradients, strict=True)
+    ]
+
+
+@contextmanager
+def measuring(module: LightningModule, train_mode: bool) -> Iterator[None]:
+    """Forward passes leave no trace: what changes is put back, and what is logged goes nowhere.
+
+    Args:
+        module: The module.
+        train_mode: Whether dropout and batch statistics are as in training, or as in evaluation.
+    """
+    with module_state_kept(module):
+        vars(module)["log"] = _log_nothing
+        vars(module)["log_dict"] = _log_nothing
+        for part in module.modules():
+            part.training = part.training and train_mode
+        yield
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _training_loss(module: LightningModule, batch: Any) -> Tensor:
+    step: Callable[..., Any] = module.training_step
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    output = step(batch, 0) if takes_index else step(batch)
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"Expected `training_step` to return a loss, got {type(loss).__name__}. Give `loss_fn`, a function of "
+            "module and batch."
+        )
+    return loss
+
+
+def _fetch(loader: DataLoader[Any], indices: list[int]) -> Any:
+    """A batch of these samples, as a worker of the loader would make it."""
+    dataset: Any = loader.dataset
+    whole = getattr(dataset, "__getitems__", None)
+    return loader.collate_fn(whole(indices) if whole else [dataset[index] for index in indices])
+
+
+def to_device(batch: Any, trainer: Trainer) -> Any:
+    """A batch in the precision and on the device of the training.
+
+    Args:
+        batch: As the loader makes it.
+        trainer: Knows both.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -1,0 +1,56 @@
+"""All scores measured anew, by a pass over the data that leaves no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_sgd.callbacks._monitoring.extra_batches import to_device
+from lightning_sgd.callbacks._monitoring.module_state import random_states_kept
+from lightning_sgd.callbacks.priority_sampling.borrowed import all_gathered, silent_evaluation
+from lightning_sgd.callbacks.priority_sampling.run import PriorityRun
+
+
+def refreshed_scores(trainer: Trainer, module: LightningModule, run: PriorityRun) -> Tensor:
+    """The score of every sample with the weights as they are; each rank measures a part.
+
+    Args:
+        trainer: Knows data, device and precision.
+        module: The module.
+        run: Measures.
+    """
+    num, size = run.sampler.num_in_dataset, run.sampler.batch_size
+    num_each = -(-num // run.sampler.num_replicas)
+    first = run.sampler.rank * num_each
+    own = torch.arange(first, first + num_each).clamp(max=num - 1)
+    with (
+        random_states_kept(),
+        silent_evaluation(module),
+        trainer.precision_plugin.train_step_context(),
+    ):
+        parts = [
+            run.measured(_step(module, number), to_device(batch, trainer), len(indices))
+            for number, (indices, batch) in enumerate(_batches(trainer, own, size))
+        ]
+    return all_gathered(torch.cat(parts), run.sampler.num_replicas)[:num]
+
+
+def _batches(trainer: Trainer, indices: Tensor, size: int) -> Any:
+    loader: Any = trainer.train_dataloader
+    batches = [indices[i : i + size].tolist() for i in range(0, len(indices), size)]
+    settings = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
+    inner = DataLoader(
+        loader.dataset, batch_sampler=batches, generator=torch.Generator(), **settings
+    )
+    return zip(batches, inner, strict=True)
+
+
+def _step(module: LightningModule, number: int) -> Any:
+    if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+        return lambda batch: module.training_step(batch, number)
+    return module.training_step

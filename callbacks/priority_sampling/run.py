@@ -1,0 +1,281 @@
+"""One training with priorities: what was drawn for a batch, how it is weighted, and which scores came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_sgd.callbacks.priority_sampling.borrowed import (
+    all_gathered,
+    same_batch,
+    silent_evaluation,
+    take_rows,
+)
+from lightning_sgd.callbacks.priority_sampling.loss_listener import LossListener
+from lightning_sgd.callbacks.priority_sampling.report import PriorityHistory
+from lightning_sgd.functional.sampling.priority_sampling import (
+    WeightNorm,
+    batch_size_gain,
+    effective_sample_size,
+    priority_values,
+)
+from lightning_sgd.functional.sampling.sample_losses import NAMES
+from lightning_sgd.sampling import Draw, PrioritySampler
+from lightning_sgd.sampling.loss_recorder import (
+    LossRecorder,
+    NeedsGraph,
+    ScoreFunction,
+    ScoreName,
+)
+from lightning_sgd.sampling.priority_table import UNKNOWN
+from lightning_sgd.sampling.selection import Selection
+
+
+class PriorityRun:
+    """Stands between the training step of the user and the sampler.
+
+    Args:
+        sampler: Draws the batches.
+        module: What is trained.
+        score: What is measured.
+        selection: Chooses among the rows of a batch, if anything does.
+        irreducible: For ``rho``: what is subtracted from the loss of each sample.
+        seed: Of the choices.
+    """
+
+    def __init__(
+        self,
+        sampler: PrioritySampler,
+        module: LightningModule,
+        score: ScoreName | ScoreFunction,
+        selection: Selection | None,
+        irreducible: Tensor | None,
+        seed: int,
+    ) -> None:
+        self.sampler, self.module, self.score = sampler, module, score
+        self.selection, self.irreducible = selection, irreducible
+        if selection is not None:
+            selection.prepare(sampler.batch_size)
+        self.listener = LossListener(module)
+        self.history = PriorityHistory()
+        self.classes = torch.full((sampler.num_in_dataset,), -1, dtype=torch.int32)
+        self.num_batches = self.num_by_priority = self.num_rows = self.num_trained = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._draw: Draw | None = None
+        self._batch: Any = None
+        self._weights: Tensor | None = None
+        self._scores: Tensor | None = None
+        self._numbers = torch.zeros(0)
+        self._selects = False
+        self._needs_graph = score == "grad_norm"
+
+    # A batch.
+
+    def begin_batch(self, batch: Any, beta: float, norm: WeightNorm, progress: float) -> None:
+        """Look up what was drawn for a batch.
+
+        Args:
+            batch: What the training step is going to get.
+            beta: Exponent of the weights now.
+            norm: What they are divided by.
+            progress: Share of the training that is done.
+        """
+        draw, sampler = self.sampler.take(), self.sampler
+        self._draw, self._batch, self._scores = draw, batch, None
+        self._weights = draw.weights(sampler.num_in_dataset, beta, norm)
+        if self.selection is not None:
+            num_rows = len(draw.indices) // sampler.num_replicas
+            self._selects = self.selection.is_due(progress, self.num_batches, num_rows)
+            # Drawn for all ranks on all ranks, which keeps their generators alike.
+            self._numbers = torch.rand(len(draw.indices), generator=self._generator)
+
+    def training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of the module's; monitors that call it with batches of their own get the original."""
+        if self._draw is None or not args or not same_batch(args[0], self._batch):
+            return original(*args, **kwargs)
+        batch, *others = args
+
+        def step(rows_of_batch: Any) -> Any:
+            return original(rows_of_batch, *others, **kwargs)
+
+        num_rows = len(self._own(self._draw.indices))
+        if self.selection is not None:
+            return self._selected_step(step, batch, num_rows)
+        recorder, output = self._listen(step, batch, num_rows, self._own_weights())
+        self._scores = self._found(recorder, output)
+        return output
+
+    def end_batch(self, wants_values: bool) -> dict[str, float]:
+        """Exchange the scores of all ranks, and enter them.
+
+        Args:
+            wants_values: Whether anybody is going to log what is returned.
+        """
+        draw, sampler = self._draw, self.sampler
+        if draw is None or self._scores is None:
+            raise RuntimeError(
+                "Expected Lightning to call `training_step` of the module with the batch, got another way of training. "
+                "Leave PrioritySampling out."
+            )
+        scores = self._reduced(all_gathered(self._scores, sampler.num_replicas), draw.indices)
+        values = self._values(draw, scores) if wants_values else {}
+        sampler.update(draw, scores)
+        if self.selection is not None:
+            self.selection.observe(finite(scores[scores != UNKNOWN]))
+            sampler.num_candidates = self.selection.num_candidates
+        self._draw = self._batch = None
+        self.num_batches += 1
+        self.num_by_priority += not draw.is_uniform
+        return values
+
+    def measured(self, step: Callable[[Any], Any], batch: Any, num_rows: int) -> Tensor:
+        """Scores of the rows of a batch, without training; in ``silent_evaluation``.
+
+        Args:
+            step: The training step.
+            batch: What it gets.
+            num_rows: Its samples.
+        """
+        try:
+            with torch.set_grad_enabled(self._needs_graph):
+                return self._found(*self._listen(step, batch, num_rows, None, is_trial=True))
+        except NeedsGraph:
+            self._needs_graph = True
+            return self.measured(step, batch, num_rows)
+
+    def refresh(self, scores: Tensor) -> None:
+        """Enter new scores of all samples.
+
+        Args:
+            scores: As they were measured.
+        """
+        everything = torch.arange(len(scores))
+        self.sampler.table.update(everything, self._reduced(scores, everything))
+
+    def spread(self) -> Tensor:
+        """Probabilities of all samples; where they are uniform by design, what scores would make of them."""
+        if self.selection is None:
+            return self.sampler.probabilities()
+        table = self.sampler.table
+        values = priority_values(table.scores, 1e-3 * float(table.scores.mean()), 1.0)
+        return values / values.sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, draws on their way, generators, history."""
+        return {
+            "sampler": self.sampler.state_dict(),
+            "selection": None if self.selection is None else self.selection.state_dict(),
+            "generator": self._generator.get_state(),
+            "counts": [self.num_batches, self.num_by_priority, self.num_rows, self.num_trained],
+            "history": self.history.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as :meth:`state_dict` says."""
+        self.sampler.load_state_dict(state["sampler"])
+        if self.selection is not None:
+            self.selection.load_state_dict(state["selection"])
+            self.sampler.num_candidates = self.selection.num_candidates
+        self._generator.set_state(state["generator"])
+        self.num_batches, self.num_by_priority, self.num_rows, self.num_trained = state["counts"]
+        self.history.load_state_dict(state["history"])
+
+    # Within a training step.
+
+    def _selected_step(self, step: Callable[[Any], Any], batch: Any, num_rows: int) -> Any:
+        """Look at all rows, and train on some."""
+        assert self.selection is not None
+        assert self._draw is not None
+        part, num, weights, looked_at = batch, num_rows, self._own_weights(), None
+        if self._selects:
+            with silent_evaluation(self.module):
+                looked_at = self.measured(step, batch, num_rows)
+            scores = finite(self._reduced(looked_at.cpu(), self._own(self._draw.indices)))
+            rows, weights = self.selection.choose(scores, self._own(self._numbers))
+            part, num = take_rows(batch, rows, num_rows), len(rows)
+        elif num_rows > self.sampler.batch_size:  # candidates, but it was switched off meanwhile
+            num = self.sampler.batch_size
+            part, weights = take_rows(batch, torch.arange(num), num_rows), None
+        recorder, output = self._listen(step, part, num, weights)
+        found = self._found(recorder, output)
+        if looked_at is None:
+            looked_at = torch.full((num_rows,), UNKNOWN, device=found.device)
+            looked_at[:num] = found
+        self._scores = looked_at
+        self.num_rows += num_rows
+        self.num_trained += num
+        return output
+
+    def _listen(
+        self,
+        step: Callable[[Any], Any],
+        batch: Any,
+        num_rows: int,
+        weights: Tensor | None,
+        is_trial: bool = False,
+    ) -> tuple[LossRecorder, Any]:
+        exact = self.score == "grad_norm"
+        params = [p for p in self.module.parameters() if p.requires_grad] if exact else []
+        recorder = LossRecorder(num_rows, self.score, weights, batch, params)
+        return recorder, self.listener.run(step, batch, recorder, is_trial)
+
+    def _found(self, recorder: LossRecorder, output: Any) -> Tensor:
+        if recorder.scores is not None:
+            self._note_classes(recorder)
+            return recorder.scores
+        if output is None or recorder.was_missed:  # the module skips this step
+            return torch.full((recorder.num_samples,), UNKNOWN, device=self.module.device)
+        rows = ", ".join(map(str, sorted(recorder.other_rows)))
+        raise RuntimeError(
+            f"Expected `training_step` to compute its loss by one of {NAMES} with one row for each of the "
+            f"{recorder.num_samples} samples, got {f'{rows} rows' if rows else 'none of them'}. Return "
+            "lightning_sgd.priority_mean(losses), with one loss for each sample, in place of losses.mean()."
+        )
+
+    def _note_classes(self, recorder: LossRecorder) -> None:
+        if self._draw is None or recorder.classes is None:
+            return
+        own = self._own(self._draw.indices)
+        if len(own) == recorder.num_samples:
+            self.classes[own] = recorder.classes.to("cpu", torch.int32)
+
+    # Small things.
+
+    def _own(self, values: Tensor) -> Tensor:
+        assert self._draw is not None
+        return self._draw.part(values, self.sampler.rank, self.sampler.num_replicas)
+
+    def _own_weights(self) -> Tensor | None:
+        return None if self._weights is None else self._own(self._weights)
+
+    def _reduced(self, scores: Tensor, indices: Tensor) -> Tensor:
+        return scores if self.irreducible is None else scores - self.irreducible[indices]
+
+    def _values(self, draw: Draw, scores: Tensor) -> dict[str, float]:
+        weights = torch.ones(1) if self._weights is None else self._weights
+        known = finite(scores[scores != UNKNOWN]).clamp(min=0)
+        table = self.sampler.table
+        return {
+            "priority/effective_batch_share": effective_sample_size(weights) / len(weights),
+            "priority/max_weight": float(weights.max()),
+            "priority/gain": batch_size_gain(known) if len(known) else 1.0,
+            "priority/lag": float(table.num_updates - draw.step),
+            "priority/mean_age": float(table.ages(draw.indices).double().mean()),
+        }
+
+
+def finite(scores: Tensor) -> Tensor:
+    """With the largest finite score in place of what is not finite; 1 where none is.
+
+    Args:
+        scores: Of any shape.
+    """
+    good = torch.isfinite(scores)
+    if bool(good.all()):
+        return scores
+    largest = scores[good].max() if bool(good.any()) else torch.ones((), device=scores.device)
+    return scores.where(good, largest)

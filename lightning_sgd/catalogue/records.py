@@ -1,0 +1,104 @@
+"""The schema of the catalogue: what is recorded of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+Kind: TypeAlias = Literal["optimizer", "lr_scheduler", "callback", "strategy", "model", "data"]
+
+FOLDERS: Mapping[Kind, str] = MappingProxyType(
+    {
+        "optimizer": "lightning_sgd/optimizers",
+        "lr_scheduler": "lightning_sgd/lr_schedulers",
+        "callback": "callbacks",
+        "strategy": "strategies",
+        "model": "lightning_sgd/models",
+        "data": "lightning_sgd/data",
+    }
+)
+"""Where, seen from the root of the repository, the adapters of each kind live."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """Where a method was published."""
+
+    title: str
+    authors: str
+    venue: str
+    year: int
+    url: str
+
+    def __str__(self) -> str:
+        return f"{self.authors}. {self.title}. {self.venue}, {self.year}. {self.url}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plugin:
+    """One class that a user switches on in YAML.
+
+    Attributes:
+        name: Public name, ``lightning_sgd.<name>``.
+        kind: What sort of object it is; decides the folder and the conformance suite.
+        settings: Arguments with which the conformance suites build it; required ones at least.
+        metric_keys: Keys that it logs; ``*`` stands for a layer name.
+    """
+
+    name: str
+    kind: Kind
+    settings: Mapping[str, object] = field(default_factory=dict)
+    metric_keys: tuple[str, ...] = ()
+
+    @property
+    def class_path(self) -> str:
+        """The spelling that works in every LightningCLI config."""
+        return f"lightning_sgd.{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One published method and the fixed set of places that belong to it.
+
+    Attributes:
+        key: File stem shared by the test, the example and the card.
+        core: Module below ``lightning_sgd.functional`` that holds the mathematics, such as ``optim.mass``.
+        title: Name of the method as the paper spells it.
+        summary: One sentence: what it does.
+        use_when: One sentence: the symptom that leads a user to it.
+        paper: The reference.
+        plugins: The classes that YAML can name, main one first.
+        helpers: Further public names, functions and result types.
+    """
+
+    key: str
+    core: str
+    title: str
+    summary: str
+    use_when: str
+    paper: Paper
+    plugins: tuple[Plugin, ...]
+    helpers: tuple[str, ...] = ()
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Every public name of the method."""
+        return (*(plugin.name for plugin in self.plugins), *self.helpers)
+
+    @property
+    def example(self) -> str:
+        """YAML that trains with the method, relative to the root of the repository."""
+        return f"examples/{self.key}.yaml"
+
+    @property
+    def card(self) -> str:
+        """Documentation of the method, relative to the root of the repository."""
+        return f"docs/methods/{self.key}.md"
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Files that test the method, relative to the root of the repository."""
+        folders = [FOLDERS[plugin.kind].removeprefix("lightning_sgd/") for plugin in self.plugins]
+        return tuple(dict.fromkeys(f"tests/{folder}/test_{self.key}.py" for folder in folders))

@@ -1,0 +1,1 @@
+"""Flat buffers, averaging and gossip over ranks, counts of traffic."""

@@ -1,0 +1,1 @@
+"""Statistics of gradient noise: scale, tail index, tests of normality."""

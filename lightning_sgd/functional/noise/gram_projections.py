@@ -1,0 +1,125 @@
+r"""Random projections of many vectors, from nothing but their inner products.
+
+The projections of rows :math:`u_1, …, u_m` on a direction v with independent normal coordinates are, given the rows, a
+normal vector with covariance :math:`K = UU^\top`. So they can be drawn from the m × m Gram matrix, exactly in law, and
+no direction of the size of the model is needed: any number of them costs :math:`m^2` each, and Gram matrices of layers
+or shards add up. It is also what random directions can see at all: if rows are of one length and orthogonal, their
+projections are independent and normal whatever the law of the coordinates. The excess kurtosis that they show is that
+of the lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_sgd._validation import expect
+from lightning_sgd.functional.spectra.gram import gram_matrix
+
+CHUNK = 4096
+
+
+def noise_gram(rows: Tensor) -> Tensor:
+    """Gram matrix of rows less their mean, with products and sums in float64, without a wide copy of all rows.
+
+    Args:
+        rows: Shape (m, d).
+
+    Returns:
+        Shape (m, m), in float64; each row of it sums to zero. Those of parts of the columns add up.
+
+    Example:
+        >>> noise_gram(torch.tensor([[3.0, 4.0], [1.0, 4.0]]))
+        tensor([[ 1., -1.],
+                [-1.,  1.]], dtype=torch.float64)
+    """
+    remedy = "Give each gradient a row."
+    expect(rows.ndim == 2, "rows", "of shape (m, d)", tuple(rows.shape), remedy)
+    rows = rows.detach().cpu() if rows.device.type == "mps" else rows.detach()
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in torch.split(rows, CHUNK, dim=1):
+        wide = part.double()
+        gram += gram_matrix(wide - wide.mean(dim=0))
+    return gram
+
+
+def gram_projections(
+    gram: Tensor, num_directions: int, generator: torch.Generator | None = None
+) -> Tensor:
+    r"""Draw projections of m vectors on random directions with independent standard normal coordinates.
+
+    .. math::
+        z^{(r)} = V \Lambda^{1/2} \xi^{(r)}, \qquad K = V \Lambda V^\top, \quad \xi^{(r)} \sim N(0, I_m)
+
+    Exact in law, all directions together: they are drawn in the span of the vectors, which is all that counts.
+
+    Args:
+        gram: Inner products of the vectors [K], shape (m, m).
+        num_directions: How many directions [R].
+        generator: On the CPU; by default the global one.
+
+    Returns:
+        Shape (R, m), one direction in each row, in float64; NaN if the Gram matrix is not finite.
+
+    Example:
+        >>> gram = 4 * torch.ones(3, 3)  # three vectors that are equal
+        >>> z = gram_projections(gram, 5, torch.Generator().manual_seed(0))
+        >>> bool(torch.allclose(z, z[:, :1].expand(5, 3), atol=1e-6))
+        True
+    """
+    remedy = "Each direction is one more row of the result."
+    expect(num_directions >= 1, "num_directions", "at least 1", num_directions, remedy)
+    expect(
+        gram.ndim == 2 and gram.shape[0] == gram.shape[1],
+        "gram",
+        "of shape (m, m)",
+        tuple(gram.shape),
+        "Give the inner products of m vectors.",
+    )
+    normal = torch.randn(num_directions, len(gram), generator=generator, dtype=torch.float64)
+    if not bool(gram.isfinite().all()):
+        return torch.full_like(normal, torch.nan).to(gram.device)
+    values, vectors = torch.linalg.eigh(gram.double())
+    half: Tensor = vectors * values.clamp_min(0.0).sqrt()
+    return normal.to(gram.device) @ half.T
+
+
+def effective_dimension(gram: Tensor) -> Tensor:
+    r"""Over how many directions vectors spread: the participation ratio of the spectrum.
+
+    .. math:: \frac{(\operatorname{tr} K)^2}{\operatorname{tr} K^2}
+
+    Between 1 and the number of vectors m, which bounds what can be seen of more dimensions. The lower it is, the more
+    do tests on random directions repeat each other.
+
+    Args:
+        gram: Inner products of the vectors, shape (…, m, m).
+
+    Example:
+        >>> effective_dimension(torch.eye(7)).item(), effective_dimension(torch.ones(7, 7)).item()
+        (7.0, 1.0)
+    """
+    return _trace(gram).square() / gram.square().sum(dim=(-2, -1))
+
+
+def norm_excess_kurtosis(gram: Tensor) -> Tensor:
+    r"""Excess kurtosis of projections on random directions, by the lengths of the vectors.
+
+    .. math:: 3\,\frac{\operatorname{Var}(\|u\|^2)}{(\operatorname{E}\|u\|^2)^2}
+
+    All of it comes from lengths that differ, as in a mixture of scales; for normal vectors it is small in many
+    effective dimensions and 6 in one, where it says nothing against normality.
+
+    Args:
+        gram: Inner products of the vectors, shape (…, m, m).
+
+    Example:
+        >>> norm_excess_kurtosis(torch.diag(torch.tensor([1.0, 3.0]))).item()  # variance 1, mean 2
+        0.75
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    return 3 * squares.var(dim=-1, correction=0) / squares.mean(dim=-1).square()
+
+
+def _trace(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)

@@ -1,0 +1,1 @@
+"""Update rules of the optimizers, and the kernels that they share."""

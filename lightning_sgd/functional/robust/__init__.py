@@ -1,0 +1,1 @@
+"""Robust combination of gradients, and the attacks that it must withstand."""

@@ -1,0 +1,98 @@
+"""What faulty workers send, computed from what the honest ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from lightning_sgd.functional.robust.stacked_rows import squared_distances
+
+
+def alie_factor(num_workers: int, num_byzantine: int) -> float:
+    """How many standard deviations a faulty worker may be off and still have a majority on its side [z].
+
+    Args:
+        num_workers: Number of workers [n].
+        num_byzantine: How many of them are faulty [f].
+
+    Returns:
+        The quantile (n − f − s)/(n − f) of the normal distribution, s = ⌊n/2 + 1⌋ − f; for few workers it is zero or
+        less.
+
+    Example:
+        >>> round(alie_factor(20, 4), 4), round(alie_factor(8, 1), 4)
+        (0.1573, -0.18)
+    """
+    num_honest = num_workers - num_byzantine
+    num_supporters = num_workers // 2 + 1 - num_byzantine
+    return NormalDist().inv_cdf((num_honest - num_supporters) / num_honest)
+
+
+def largest_hidden_factor(honest: Tensor, direction: Tensor, *, by_sum: bool) -> float:
+    r"""Largest γ for which mean + γ · direction is no farther from the honest rows than these are from each other.
+
+    Each squared distance is a quadratic :math:`\lVert e_i \rVert^2 + 2 \gamma \langle e_i, v \rangle + \gamma^2
+    \lVert v \rVert^2` in γ, :math:`e_i = \mu - x_i`, so that γ is a root.
+
+    Args:
+        honest: Rows of the honest workers, of shape (h, d).
+        direction: Direction of the attack, of shape (d,) [v].
+        by_sum: Compare sums of squared distances (min-sum) in place of the largest distance (min-max).
+
+    Example:
+        >>> honest = torch.tensor([[-1.0], [0.0], [1.0]])
+        >>> largest_hidden_factor(honest, torch.ones(1), by_sum=False)
+        1.0
+    """
+    centred = (honest - honest.mean(dim=0)).double()
+    distances = squared_distances(centred @ centred.mT)
+    limit = distances.sum(dim=1).max() if by_sum else distances.max()
+    a = direction.double().square().sum()
+    b, c = -(centred @ direction.double()), centred.square().sum(dim=1) - limit
+    if by_sum:
+        a, b, c = a * len(honest), b.sum(), centred.square().sum() - limit
+    roots = (-b + (b.square() - a * c).clamp_min(0.0).sqrt()) / a.clamp_min(1e-300)
+    return float(roots.min())
+
+
+def flip_exponent_bit(values: Tensor, bit: int) -> Tensor:
+    """The values with one bit of their exponent the other way round, as after a memory fault.
+
+    Args:
+        values: Numbers in single precision.
+        bit: Number of the bit within the exponent, from 0, the lowest, to 7.
+
+    Example:
+        >>> flip_exponent_bit(torch.tensor([1.0, 2.0]), 1)
+        tensor([0.2500, 8.0000])
+    """
+    flipped = values.float().view(torch.int32) ^ (1 << (23 + bit))
+    return flipped.view(torch.float32)
+
+
+def maximize(function: Callable[[float], float], num_evaluations: int) -> float:
+    """The best argument found between 0 and infinity: steps that double while they improve, then ever smaller ones.
+
+    Args:
+        function: What to maximize.
+        num_evaluations: How often it may be called.
+
+    Example:
+        >>> round(maximize(lambda x: -abs(x - 5.3), 30), 1)
+        5.3
+    """
+    best, value, step = 0.0, function(0.0), 1.0
+    expanding, sign = True, 1
+    for _ in range(num_evaluations - 1):
+        candidate = max(0.0, best + sign * step)
+        attained = function(candidate)
+        if attained > value:
+            best, value = candidate, attained
+            step = 2 * step if expanding else step
+            continue
+        expanding = False
+        sign, step = -sign, 0.8 * step
+    return best

@@ -1,0 +1,88 @@
+r"""The point with the smallest sum of distances, as weights on the rows.
+
+Every iterate of Weiszfeld's algorithm is a combination :math:`z = X^\top a` of the rows, and
+:math:`\lVert x_i - z \rVert^2 = G_{ii} - 2 (Ga)_i + a^\top G a`: n numbers stand for a vector of any length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_sgd.functional.robust.stacked_rows import squared_distances
+
+_TINY = 1e-150
+
+
+def distances_from(gram: Tensor, a: Tensor) -> Tensor:
+    """Distance of each row from the combination of the rows with these coefficients, of shape (n,).
+
+    Args:
+        gram: Inner products of shape (n, n).
+        a: Coefficients of shape (n,); unless they sum to one, the rows must not have been shifted.
+
+    Example:
+        >>> distances_from(torch.tensor([[0.0, 0.0], [0.0, 4.0]]), torch.tensor([0.5, 0.5]))
+        tensor([1., 1.])
+    """
+    inner = gram @ a
+    return (gram.diagonal() - 2 * inner + a @ inner).clamp_min(0.0).sqrt()
+
+
+def weiszfeld(
+    gram: Tensor,
+    masses: Tensor,
+    start: Tensor,
+    num_iterations: int,
+    smoothing: float,
+    tolerance: float,
+) -> Tensor:
+    """Weights after some steps of the smoothed Weiszfeld algorithm, of shape (n,).
+
+    Args:
+        gram: Inner products of the rows, of shape (n, n).
+        masses: Weight of each row's distance in the sum, of shape (n,).
+        start: Coefficients of the point to start at, of shape (n,).
+        num_iterations: Number of steps at most.
+        smoothing: Distances below this count as this [ν].
+        tolerance: Stop when no weight changes by more.
+
+    Example:
+        >>> gram = torch.tensor([[0.0, 0.0], [0.0, 4.0]])
+        >>> weiszfeld(gram, torch.ones(2), torch.tensor([0.5, 0.5]), 3, 1e-6, 1e-9)
+        tensor([0.5000, 0.5000])
+    """
+    a = start
+    for _ in range(num_iterations):
+        pull = masses / distances_from(gram, a).clamp_min(max(smoothing, _TINY))
+        previous, a = a, pull / pull.sum()
+        if float((a - previous).abs().max()) <= tolerance:
+            break
+    return a
+
+
+def median_among_rows(gram: Tensor, masses: Tensor) -> int | None:
+    r"""Number of the row that is itself the geometric median, at which Weiszfeld's algorithm would divide by zero.
+
+    Row k is if the unit vectors from it to all others, with their masses, add up to no more than the mass at its own
+    place.
+
+    Args:
+        gram: Inner products of the rows, of shape (n, n).
+        masses: Weight of each row's distance in the sum, of shape (n,).
+
+    Example:
+        >>> points = torch.tensor([[0.0], [1.0], [9.0]])
+        >>> median_among_rows(points @ points.T, torch.ones(3))
+        1
+    """
+    squares = squared_distances(gram)
+    scale = gram.diagonal()
+    apart = squares > 1e-13 * (scale[:, None] + scale)
+    pulls = torch.where(apart, masses[:, None] / squares.sqrt().clamp_min(_TINY), 0.0)
+    totals, images = pulls.sum(dim=0), gram @ pulls
+    lengths = (pulls * images).sum(dim=0) - 2 * totals * images.diagonal() + totals**2 * scale
+    own = (masses[:, None] * ~apart).sum(dim=0)
+    excess = lengths.clamp_min(0.0).sqrt() - own
+    k = int(excess.argsort(stable=True)[0])
+    return k if float(excess[k]) <= 1e-9 * float(masses.sum()) else None

@@ -1,0 +1,1 @@
+"""Probabilities, weights and selection of samples by their losses."""

@@ -1,0 +1,1 @@
+"""Singular values, norms and ranks of weight matrices."""

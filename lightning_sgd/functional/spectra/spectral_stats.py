@@ -1,0 +1,233 @@
+"""Which measures of a spectrum to take, and how: the checked settings behind ``spectral_stats``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_sgd._validation import expect
+from lightning_sgd.functional.spectra import rank_measures
+from lightning_sgd.functional.spectra.lanczos import extreme_norms
+from lightning_sgd.functional.spectra.norms import SchattenNorms, schatten_norms
+from lightning_sgd.functional.spectra.rank_measures import SpectralNorm, threshold_rank
+from lightning_sgd.functional.spectra.singular_values import (
+    choose_route,
+    singular_values,
+    smallest_resolved,
+)
+
+Measure: TypeAlias = Literal[
+    "rank",
+    "hard_rank",
+    "energy_rank",
+    "stable_rank",
+    "effective_rank",
+    "participation_ratio",
+    "nuclear_ratio",
+    "intrinsic_dimension",
+    "frobenius_norm",
+    "spectral_norm",
+]
+StatsMethod: TypeAlias = Literal["auto", "gram", "svd", "sketch", "cheap"]
+CHEAP: tuple[Measure, ...] = (
+    "stable_rank",
+    "participation_ratio",
+    "frobenius_norm",
+    "spectral_norm",
+)
+"""The measures that need no eigenvalue decomposition."""
+CHEAPEST: tuple[Measure, ...] = ("stable_rank", "frobenius_norm", "spectral_norm")
+"""The measures that do not even need a Gram matrix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectralMeasures:
+    """What ``spectral_stats`` is asked for, checked: for callers that ask more than once.
+
+    Attributes:
+        measures: Which measures to take; this and the others as for ``spectral_stats``.
+        tol: Thresholds.
+        tol_norm: Norm that the thresholds refer to.
+        eta: Shares of energy.
+        method: How to get the singular values.
+        power: Exponent of the effective rank.
+        dtype: Type to compute in.
+    """
+
+    measures: Sequence[Measure] = ("rank", "stable_rank", "effective_rank")
+    tol: Sequence[float] = (1e-3, 1e-2, 5e-2)
+    tol_norm: SpectralNorm = "fro"
+    eta: Sequence[float] = (0.9, 0.99)
+    method: StatsMethod = "auto"
+    power: Literal[1, 2] = 1
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _validate_names(self)
+        _validate_numbers(self)
+        _validate_accuracy(self)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the results, in their order."""
+        return tuple(self._functions(0.0))
+
+    @property
+    def resolution(self) -> float:
+        """Smallest σ/σ₁ that the measures depend on."""
+        # Many small σ add up in the measures of Σσ, and the last share of Σσ² is spread over the whole tail.
+        needed = {
+            "rank": min(self.tol),
+            "hard_rank": 0.0,
+            "energy_rank": math.sqrt((1 - max(self.eta)) / 1000),
+            "effective_rank": 1e-6 if self.power == 1 else 1e-3,
+            "nuclear_ratio": 1e-6,
+            "intrinsic_dimension": 1e-6,
+        }
+        return min(needed.get(name, 1e-3) for name in self.measures)
+
+    def of(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
+        """One value per key and matrix, as ``spectral_stats_of``."""
+        limits: list[Tensor] = []
+        watched = self._watch(matrices, limits)
+        if self.method == "cheap":
+            norms = [torch.stack(norms) for norms in self._norms(watched)]
+            return self._from_norms(SchattenNorms(*_stack(norms, width=3).unbind(dim=-1)))
+        spectra = _stack(self._singular_values(watched))
+        return self._from_spectra(spectra, _stack(limits).squeeze(-1))
+
+    def of_batch(self, weight: Tensor) -> dict[str, Tensor]:
+        """Values for each matrix of a batch, as ``spectral_stats``."""
+        if self.method == "cheap":
+            matrices = weight.reshape(-1, *weight.shape[-2:])
+            norms = [torch.stack(norms) for norms in self._norms(matrices)]
+            shape = weight.shape[:-2]
+            return self._from_norms(
+                SchattenNorms(*(norm.reshape(shape) for norm in torch.stack(norms).unbind(dim=-1)))
+            )
+        spectra = self._singular_values([weight])[0]
+        return self._from_spectra(spectra, _rounding_limit(weight))
+
+    def _watch(self, matrices: Iterable[Tensor], limits: list[Tensor]) -> Iterator[Tensor]:
+        """The matrices, noting on the way what ``hard_rank`` needs to know of them."""
+        for matrix in matrices:
+            shape = tuple(matrix.shape)
+            expect(matrix.ndim == 2, "matrices", "two-dimensional", shape, "Use `flatten(1)`.")
+            if "hard_rank" in self.measures:
+                limits.append(_rounding_limit(matrix))
+            yield matrix
+
+    def _norms(self, matrices: Iterable[Tensor]) -> list[SchattenNorms]:
+        with_gram = not set(self.measures) <= set(CHEAPEST)
+        return schatten_norms(matrices) if with_gram else extreme_norms(matrices)
+
+    def _singular_values(self, matrices: Iterable[Tensor]) -> list[Tensor]:
+        assert self.method != "cheap"
+        return singular_values(
+            matrices, method=self.method, dtype=self.dtype, resolution=self.resolution
+        )
+
+    def _from_spectra(self, spectra: Tensor, limit: Tensor | float) -> dict[str, Tensor]:
+        return {key: function(spectra) for key, function in self._functions(limit).items()}
+
+    def _from_norms(self, norms: SchattenNorms) -> dict[str, Tensor]:
+        values = {
+            "stable_rank": norms.stable_rank,
+            "participation_ratio": norms.participation_ratio,
+            "frobenius_norm": norms.two,
+            "spectral_norm": norms.infinity,
+        }
+        return {key: values[key] for key in self.keys}
+
+    def _functions(self, limit: Tensor | float) -> dict[str, Callable[[Tensor], Tensor]]:
+        """For each key a function of the singular values."""
+        found: dict[str, Callable[[Tensor], Tensor]] = {}
+        for name in self.measures:
+            if name == "rank":
+                for tol in self.tol:
+                    found[f"rank@{tol:g}"] = partial(threshold_rank, tol=tol, norm=self.tol_norm)
+            elif name == "energy_rank":
+                for eta in self.eta:
+                    found[f"energy_rank@{eta:g}"] = partial(rank_measures.energy_rank, eta=eta)
+            elif name == "hard_rank":
+                found[name] = partial(threshold_rank, tol=limit, norm="spectral")
+            elif name == "effective_rank":
+                found[name] = partial(rank_measures.effective_rank, power=self.power)
+            else:
+                found[name] = getattr(rank_measures, name)
+        return found
+
+
+def _rounding_limit(matrix: Tensor) -> Tensor:
+    rows, columns = matrix.shape[-2:]
+    limit = rank_measures.rounding_tolerance(rows, columns, matrix.dtype)
+    return torch.full((1,), limit, device=matrix.device)  # `torch.tensor` would wait for the device
+
+
+def _stack(vectors: Sequence[Tensor], width: int = 1) -> Tensor:
+    """One row per vector, on the device of the first, filled up with zeros, which no measure sees."""
+    if not vectors:
+        return torch.zeros(0, width)
+    width = max(len(vector) for vector in vectors)
+    dtype = max((vector.dtype for vector in vectors), key=lambda dtype: dtype.itemsize)
+    rows = [vector.to(vectors[0].device, dtype) for vector in vectors]
+    return torch.stack([pad(row, (0, width - len(row))) for row in rows])
+
+
+def _validate_names(settings: SpectralMeasures) -> None:
+    for argument, allowed in (
+        ("tol_norm", get_args(SpectralNorm)),
+        ("method", get_args(StatsMethod)),
+        ("power", (1, 2)),
+        ("dtype", (None, torch.float32, torch.float64)),
+    ):
+        value = getattr(settings, argument)
+        expect(value in allowed, argument, f"one of {allowed}", value, "Or leave it out.")
+    known = CHEAP if settings.method == "cheap" else get_args(Measure)
+    asked = settings.measures
+    expect(
+        bool(asked) and set(asked) <= set(known),
+        "measures",
+        f"a list of some of {known}",
+        asked,
+        "Others need another `method` than 'cheap'." if known is CHEAP else "Name at least one.",
+    )
+
+
+def _validate_numbers(settings: SpectralMeasures) -> None:
+    for argument in ("tol", "eta"):
+        values = getattr(settings, argument)
+        expect(
+            isinstance(values, Sequence)
+            and bool(values)
+            and all(0 < value < 1 for value in values),
+            argument,
+            "a list of numbers in (0, 1)",
+            values,
+            "Or leave it out.",
+        )
+
+
+def _validate_accuracy(settings: SpectralMeasures) -> None:
+    """Refuse a method, chosen by the user, that would count rounding noise."""
+    if settings.method == "auto" or settings.method == "cheap":
+        return
+    counted = {"rank": min(settings.tol), "hard_rank": 1e-6}
+    for measure in counted.keys() & set(settings.measures):
+        needed = counted[measure]
+        route = choose_route(settings.method, settings.dtype, needed, torch.float32)
+        noise = smallest_resolved(*route)
+        expect(
+            noise <= needed,
+            "method",
+            f"one that resolves {needed:g} for `{measure}`",
+            settings.method,
+            f"In {route.dtype} it resolves {noise:.1e}; 'auto' chooses a better one.",
+        )

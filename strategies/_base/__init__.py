@@ -1,0 +1,1 @@
+"""The base classes of the strategies: replicas, common model, checkpoints."""

@@ -1,0 +1,68 @@
+"""The momentum of each worker of this rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sgd.functional.robust.robust_statistics import worker_momentum
+from lightning_sgd.strategies._base.gradient_replica import GradientReplica
+
+
+class WorkerMomenta:
+    """One momentum per worker and optimizer; those of parameters and workers that are added later begin at zero.
+
+    Args:
+        beta: Share of the past [β].
+    """
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self._momenta: dict[int, Tensor] = {}
+
+    def advance(self, replica: GradientReplica, rows: Tensor) -> Tensor:
+        """What the workers send instead of their gradients.
+
+        Args:
+            replica: What the gradients are of.
+            rows: Of shape (k, n⌈d/n⌉).
+        """
+        momentum = self._momenta.get(replica.index)
+        if momentum is None or not _covers(momentum, rows):
+            momentum = self._momenta[replica.index] = _grown(momentum, rows)
+        return worker_momentum(momentum[: len(rows)], rows, self.beta)
+
+    def state_dict(self, replicas: list[GradientReplica]) -> dict[str, Any]:
+        """The momenta, without what is added at the end to make parts of equal length.
+
+        Args:
+            replicas: What the gradients are of.
+        """
+        known = [replica for replica in replicas if replica.index in self._momenta]
+        return {
+            str(replica.index): self._momenta[replica.index][:, : replica.gradients.numel].clone()
+            for replica in known
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Args:
+            state: What it returned.
+            device: Where the gradients are.
+        """
+        self._momenta = {int(index): momentum.to(device) for index, momentum in state.items()}
+
+
+def _covers(momentum: Tensor, rows: Tensor) -> bool:
+    return len(momentum) >= len(rows) and momentum.shape[1] == rows.shape[1]
+
+
+def _grown(momentum: Tensor | None, rows: Tensor) -> Tensor:
+    grown = rows.new_zeros(max(len(rows), 0 if momentum is None else len(momentum)), rows.shape[1])
+    if momentum is not None:
+        columns = min(momentum.shape[1], grown.shape[1])
+        grown[: len(momentum), :columns] = momentum[:, :columns]
+    return grown
