@@ -32,7 +32,7 @@ from torch import Tensor
 from lightning_sgd import get_aggregator
 from lightning_sgd.functional.distributed.traffic import all_reduce_traffic, send_traffic
 from lightning_sgd.strategies._base.gradient_replica import GradientReplica
-from lightning_sgd.strategies._comm.all_to_all import DirectExchange
+from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
 from lightning_sgd.strategies.byzantine.sharded_rule import Rejected, ShardedRule
 
@@ -49,7 +49,7 @@ class Bench:
     """
 
     def __init__(self, num_parameters: int, num_byzantine: int) -> None:
-        self.exchange = DirectExchange(timedelta(seconds=60))
+        self.exchange = AllToAll(timedelta(seconds=60))
         generator = torch.Generator().manual_seed(self.exchange.rank)
         self.param = torch.zeros(num_parameters, requires_grad=True)
         self.param.grad = torch.randn(num_parameters, generator=generator)

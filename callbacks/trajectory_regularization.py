@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sgd._run_log import say
+from lightning_sgd._run_log import announce
 from lightning_sgd._validation import expect, is_finite_at_least
 from lightning_sgd.callbacks._stage import Stage, give_back
 from lightning_sgd.functional.optim.tra import InnerDecay
@@ -122,7 +122,7 @@ class TrajectoryRegularization(Callback):
                 stage.optimizer.register_step_pre_hook(before),
                 stage.optimizer.register_step_post_hook(after),
             ]
-        say(trainer, "TrajectoryRegularization", "start", self._announcement())
+        announce(trainer, "TrajectoryRegularization", "start", self._announcement())
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -146,7 +146,7 @@ class TrajectoryRegularization(Callback):
         self._release()
         steps = sum(stage.num_steps for stage in self._stages)
         numbers = sum(stage.number + (stage.position > 0) for stage in self._stages)
-        say(trainer, "TrajectoryRegularization", "end", f"{steps} steps in {numbers} stages.")
+        announce(trainer, "TrajectoryRegularization", "end", f"{steps} steps in {numbers} stages.")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

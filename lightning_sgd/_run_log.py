@@ -1,9 +1,10 @@
-"""What plug-ins say of a run: printed, and kept beside its metrics for ``lightning-sgd report``."""
+"""Start and end messages, metrics and figures of plug-ins, logged and stored beside the metrics of the run."""
 
 from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -22,12 +23,12 @@ PACKAGES = "lightning-sgd", "lightning", "torch", "torchmetrics", "numpy"
 _RECORDS: WeakKeyDictionary[Trainer, dict[str, Any]] = WeakKeyDictionary()
 
 
-def say(trainer: Trainer, plugin: str, moment: Literal["start", "end"], sentence: str) -> None:
-    """Print one line, on rank 0, and keep it.
+def announce(trainer: Trainer, plugin: str, moment: Literal["start", "end"], sentence: str) -> None:
+    """Print one line on rank 0, and store it for ``lightning-sgd report``.
 
     Args:
-        trainer: Knows where the metrics go; without a ``CSVLogger`` nothing is kept.
-        plugin: Name of the class that speaks.
+        trainer: Knows where the metrics go; without a ``CSVLogger`` nothing is stored.
+        plugin: Name of the class.
         moment: Whether training starts or ends.
         sentence: What it does, or what it found.
     """
@@ -38,8 +39,36 @@ def say(trainer: Trainer, plugin: str, moment: Literal["start", "end"], sentence
     _write(trainer, record)
 
 
-def keep_figure(trainer: Trainer, key: str, file: Path) -> None:
-    """Remember a figure; to be called on rank 0.
+def log_metrics(trainer: Trainer, values: Mapping[str, float], num_uncounted: int = 0) -> None:
+    """Log values that all ranks agree on, now, to the loggers and to ``callback_metrics``.
+
+    The x axis is Lightning's own: values after the k-th step stand beside its loss of the k-th step, at k - 1; values
+    from before the first step stand at 0. Not by ``LightningModule.log``, which would reduce over ranks once more, and
+    which would drop what does not fall on ``log_every_n_steps``.
+
+    Args:
+        trainer: Knows the loggers.
+        values: By key.
+        num_uncounted: 1 in the hooks of a batch that stepped, which Lightning counts only after them.
+    """
+    step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped + num_uncounted - 1)
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+
+def logger_names(trainer: Trainer) -> str:
+    """Name the loggers, for a sentence that says where values go."""
+    return ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
+
+
+def log_folder(trainer: Trainer) -> Path:
+    """Return the folder for files of this run; to be called on all ranks, because a logger may ask the first one."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def record_figure(trainer: Trainer, key: str, file: Path) -> None:
+    """Store where a figure is; to be called on rank 0.
 
     Args:
         trainer: Knows where the metrics go.

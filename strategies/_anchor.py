@@ -14,7 +14,7 @@ from lightning_sgd.functional.distributed.overlap_local_sgd import (
     velocity_scale,
 )
 from lightning_sgd.strategies._base.replica import Replica
-from lightning_sgd.strategies._comm.collectives import Exchange, Purpose
+from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
 from lightning_sgd.strategies._comm.in_flight import PendingMean
 
 
@@ -31,7 +31,7 @@ class Anchor:
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: Collectives,
         replica: Replica,
         pullback: float,
         momentum: float,

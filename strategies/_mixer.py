@@ -12,7 +12,7 @@ from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
 from lightning_sgd.functional.distributed.gossip_pga import weighted_differences
 from lightning_sgd.functional.distributed.mixing import Mixing
 from lightning_sgd.strategies._base.replica import Replica
-from lightning_sgd.strategies._comm.collectives import Exchange
+from lightning_sgd.strategies._comm.collectives import Collectives
 from lightning_sgd.strategies._comm.in_flight import Swap
 
 
@@ -30,7 +30,11 @@ class Mixer:
     """
 
     def __init__(
-        self, exchange: Exchange, mixing: Mixing, replica: Replica, wire_dtype: torch.dtype | None
+        self,
+        exchange: Collectives,
+        mixing: Mixing,
+        replica: Replica,
+        wire_dtype: torch.dtype | None,
     ) -> None:
         self.exchange, self.mixing, self.replica = exchange, mixing, replica
         self.wire_dtype = wire_dtype

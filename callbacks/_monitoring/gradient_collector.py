@@ -17,7 +17,7 @@ from lightning_sgd.callbacks._monitoring.extra_batches import (
     measuring,
     obstacle_to_own_batches,
 )
-from lightning_sgd.callbacks._monitoring.step_gradients import CaughtSteps
+from lightning_sgd.callbacks._monitoring.step_gradients import StepGradients
 from lightning_sgd.callbacks._traffic_source import holds_whole_model
 from lightning_sgd.functional.noise.gradient_sample import (
     Columns,
@@ -91,7 +91,7 @@ class GradientCollector:
             warn_no_effect(
                 f"`{idle[0]}` has no effect with source='{source}': the gradients are those of training."
             )
-        self.steps = None if source == "extra" else CaughtSteps(source)
+        self.steps = None if source == "extra" else StepGradients(source)
         self._last: GradientSample | None = None
         self._columns: tuple[dict[str, int], Columns] | None = None
 

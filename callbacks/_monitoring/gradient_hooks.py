@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_sgd.functional.noise.gradient_sample import Columns, wide_dtype
 
 
-class BackwardTap:
+class GradientHooks:
     """One row for each micro-batch of a step: what its backward pass adds to ``.grad``.
 
     Hooks on the parameters see a gradient before it is added to what is there, and before DDP reduces it. So there is

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from lightning_sgd._validation import expect
 
-Rung: TypeAlias = Literal["look", "glance"]
+LookKind: TypeAlias = Literal["look", "glance"]
 
 QUICK = 0.1
 """Seconds; below that every look is a full one."""
@@ -17,7 +17,7 @@ PLANNED = 0.8
 
 
 @dataclass(slots=True)
-class TickSchedule:
+class LookSchedule:
     """Every so many steps or epochs, as far as the budget goes.
 
     The budget is a share of the training time so far. Whatever has been spent, the first look included, and what the
@@ -45,7 +45,7 @@ class TickSchedule:
         glance_cost: Seconds of the last glance; a first one is tried at no estimate at all.
 
     Example:
-        >>> schedule = TickSchedule(every=10, max_overhead=0.01)
+        >>> schedule = LookSchedule(every=10, max_overhead=0.01)
         >>> schedule.choose(now=0, seconds=0.0)
         'look'
         >>> schedule.record("look", now=0, cost=0.5)
@@ -94,7 +94,7 @@ class TickSchedule:
         look = self._seconds_for_look()
         return min(look, self._seconds_for_glance()) if self.can_glance else look
 
-    def choose(self, now: int, seconds: float, *, last: bool = False) -> Rung | None:
+    def choose(self, now: int, seconds: float, *, last: bool = False) -> LookKind | None:
         """How closely to look, if at all; if not, when to decide again is put off.
 
         Args:
@@ -113,7 +113,7 @@ class TickSchedule:
         self._put_off(now, seconds)
         return None
 
-    def record(self, rung: Rung, now: int, cost: float) -> None:
+    def record(self, rung: LookKind, now: int, cost: float) -> None:
         """Charge for a look, and plan the next decision one interval later.
 
         Args:
@@ -142,7 +142,7 @@ class TickSchedule:
 
     def reset(self) -> None:
         """Forget everything but the settings."""
-        fresh = TickSchedule(self.every, self.max_overhead, self.full_every, self.can_glance)
+        fresh = LookSchedule(self.every, self.max_overhead, self.full_every, self.can_glance)
         self.load_state_dict(fresh.state_dict())
 
     def _seconds_for_look(self) -> float:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_sgd._run_log import say
+from lightning_sgd._run_log import announce
 from lightning_sgd._validation import expect
-from lightning_sgd.callbacks._monitoring.look_schedule import Rung, TickSchedule
+from lightning_sgd.callbacks._monitoring.look_schedule import LookKind, LookSchedule
 from lightning_sgd.callbacks._monitoring.module_state import random_states_kept
 
 
@@ -51,9 +51,9 @@ class Monitor(Callback):
         )
         self.unit = "epoch" if every_n_steps is None else "step"
         every = every_n_epochs if every_n_steps is None else every_n_steps
-        self.schedule = TickSchedule(1 if every is None else every, max_overhead, full_every)
+        self.schedule = LookSchedule(1 if every is None else every, max_overhead, full_every)
         self._last_count: int | None = None
-        self._last_rung: Rung | None = None
+        self._last_rung: LookKind | None = None
         self._last_keys: set[str] = set()
         self._seconds_before = 0.0  # of training until the clock was started, less all looks since
         self._clock_start: float | None = None
@@ -92,7 +92,7 @@ class Monitor(Callback):
             self._tick(trainer, pl_module)
         places = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
         what = f"{self.announce(trainer, pl_module)}, {self._describe_cost()}"
-        say(trainer, type(self).__name__, "start", f"{what}; values go to {places}.")
+        announce(trainer, type(self).__name__, "start", f"{what}; values go to {places}.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -112,7 +112,7 @@ class Monitor(Callback):
         if self._last_count != self._count(trainer) or self._last_rung == "glance":
             self._tick(trainer, pl_module, last=True)
         self._seconds_before, self._clock_start = self._seconds(), None
-        say(trainer, type(self).__name__, "end", self.conclude(trainer, pl_module))
+        announce(trainer, type(self).__name__, "end", self.conclude(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """What the next look depends on."""

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._gathering import gather
-from lightning_sgd.callbacks._monitoring.gradient_hooks import BackwardTap
+from lightning_sgd.callbacks._monitoring.gradient_hooks import GradientHooks
 from lightning_sgd.functional.noise.gradient_sample import Columns, GradientSample
 
 StepSource: TypeAlias = Literal["microbatches", "ranks"]
 
 
-class CaughtSteps:
+class StepGradients:
     """Catches the gradients of a step while it is made, and makes a sample of them that all ranks share.
 
     Lightning's division of the loss and the scale of a GradScaler are undone. Batches that are shorter than others of
@@ -30,7 +30,7 @@ class CaughtSteps:
 
     def __init__(self, source: StepSource) -> None:
         self.source = source
-        self._tap: BackwardTap | None = None
+        self._tap: GradientHooks | None = None
         self._factor = 1.0
 
     def refuse_single_gradients(self, trainer: Trainer) -> None:
@@ -107,7 +107,7 @@ class CaughtSteps:
         self.abandon()
         self._factor = trainer.accumulate_grad_batches / _loss_scale(trainer)
         num_rows, step = trainer.accumulate_grad_batches, trainer.global_step
-        self._tap = BackwardTap(params, columns, num_rows, step)
+        self._tap = GradientHooks(params, columns, num_rows, step)
 
     def begin_batch(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Take note of the next batch of the step, if it is caught.

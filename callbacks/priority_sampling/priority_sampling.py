@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sgd._run_log import say
+from lightning_sgd._run_log import announce
 from lightning_sgd._validation import expect, warn_no_effect
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
     Loan,
@@ -208,7 +208,7 @@ class PrioritySampling(Callback):
             "Priority sampling deals one data set out to all ranks.",
         )
         self._warn_if_warm_up_is_all(trainer)
-        say(trainer, "PrioritySampling", "start", self._announcement(trainer, pl_module))
+        announce(trainer, "PrioritySampling", "start", self._announcement(trainer, pl_module))
 
     # Training.
 
@@ -254,7 +254,7 @@ class PrioritySampling(Callback):
             rank_zero_info("PrioritySampling: see the earlier one.")
         else:
             figure = self._save_figure(trainer)
-            say(trainer, "PrioritySampling", "end", f"{conclusion(self._running)}{figure}")
+            announce(trainer, "PrioritySampling", "end", f"{conclusion(self._running)}{figure}")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from lightning_sgd._run_log import keep_figure
+from lightning_sgd._run_log import record_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def publish(figure: Figure, folder: Path, trainer: Trainer, stem: str, key: str)
     path = folder / f"{stem}.png"
     figure.savefig(path, dpi=150)
     figure.savefig(path.with_suffix(".svg"))
-    keep_figure(trainer, key, path.with_suffix(".svg"))
+    record_figure(trainer, key, path.with_suffix(".svg"))
     for logger in trainer.loggers:
         _hand_over(figure, logger, path, trainer.global_step, key)
     return path

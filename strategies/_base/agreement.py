@@ -13,7 +13,7 @@ from lightning_sgd.functional.distributed.flat_gradients import short_hash
 from lightning_sgd.functional.robust.robust_statistics import majority
 from lightning_sgd.strategies._base.replica import put_back
 from lightning_sgd.strategies._base.requirements import content
-from lightning_sgd.strategies._comm.all_to_all import DirectExchange
+from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
 from lightning_sgd.strategies._comm.failures import ExchangeError
 
@@ -28,7 +28,7 @@ def hash_of_weights(module: torch.nn.Module) -> int:
 
 
 def agree_on_weights(
-    exchange: DirectExchange,
+    exchange: AllToAll,
     module: torch.nn.Module,
     optimizers: Sequence[Optimizer],
     step: int,
@@ -66,7 +66,7 @@ def agree_on_weights(
 
 
 def _copy_from(
-    exchange: DirectExchange, source: int, module: torch.nn.Module, optimizers: Sequence[Optimizer]
+    exchange: AllToAll, source: int, module: torch.nn.Module, optimizers: Sequence[Optimizer]
 ) -> None:
     params = [param.detach() for param in module.parameters()]
     mine = {"params": params, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}

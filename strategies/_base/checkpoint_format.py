@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
-from lightning_sgd.strategies._comm.collectives import Exchange, Purpose
+from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
 
 KEY = "lightning_sgd"
 VERSION = 1
@@ -112,7 +112,7 @@ def with_own_weights(
     return {key: back(value) for key, value in checkpoint.items()}
 
 
-def mean_over_ranks(state: Mapping[str, Any], exchange: Exchange, step: int) -> dict[str, Any]:
+def mean_over_ranks(state: Mapping[str, Any], exchange: Collectives, step: int) -> dict[str, Any]:
     """A state dictionary with the means of its floating-point tensors.
 
     Args:

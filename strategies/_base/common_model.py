@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_sgd._validation import warn_no_effect
 from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
 from lightning_sgd.strategies._base.replica import Replica, copies, put_back, state_tensors
-from lightning_sgd.strategies._comm.collectives import Exchange, Purpose
+from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
 
 BufferPolicy: TypeAlias = Literal["average", "local", "rank0"]
 OptimizerStatePolicy: TypeAlias = Literal["keep", "reset", "average"]
@@ -32,7 +32,7 @@ class Consensus:
 
     def __init__(
         self,
-        exchange: Exchange | None,
+        exchange: Collectives | None,
         optimizers: Sequence[Optimizer],
         buffers: Sequence[Tensor],
         candidate: Callable[[Replica], Sequence[Tensor] | None],
@@ -152,7 +152,7 @@ class Consensus:
 
     @staticmethod
     def _average(
-        exchange: Exchange,
+        exchange: Collectives,
         replica: Replica,
         source: Sequence[Tensor] | None,
         purpose: Purpose,
@@ -166,7 +166,7 @@ class Consensus:
         flat.unpack()
         return moved
 
-    def _share_buffers(self, exchange: Exchange, purpose: Purpose) -> None:
+    def _share_buffers(self, exchange: Collectives, purpose: Purpose) -> None:
         if self._buffers is None or self.buffer_policy == "local":
             return
         self._buffers.pack()
@@ -176,7 +176,7 @@ class Consensus:
         if purpose is Purpose.ROUND:
             self._buffers_moved = False
 
-    def _share_state(self, exchange: Exchange, replica: Replica) -> None:
+    def _share_state(self, exchange: Collectives, replica: Replica) -> None:
         if self.state_policy == "reset":
             replica.optimizer.state.clear()
         if self.state_policy != "average":

@@ -19,8 +19,8 @@ from lightning_sgd.strategies._base.gradient_replica import GradientReplica
 from lightning_sgd.strategies._base.replica import Replica
 from lightning_sgd.strategies._base.shared_buffers import BufferRule, SharedBuffers
 from lightning_sgd.strategies._base.unwrapped import InitialWeights, StartMethod, UnwrappedStrategy
-from lightning_sgd.strategies._comm.all_to_all import DirectExchange
-from lightning_sgd.strategies._comm.collectives import Exchange
+from lightning_sgd.strategies._comm.all_to_all import AllToAll
+from lightning_sgd.strategies._comm.collectives import Collectives
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -48,7 +48,7 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         start_method: How processes are started on one machine.
     """
 
-    exchange: DirectExchange | None
+    exchange: AllToAll | None
 
     against_sync_batchnorm = (
         "It mixes activations of all ranks before gradients are compared; use GroupNorm."
@@ -127,9 +127,9 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
 
     # Set-up.
 
-    def make_exchange(self) -> DirectExchange:
+    def make_exchange(self) -> AllToAll:
         """Direct messages between all ranks."""
-        return DirectExchange(self._timeout)
+        return AllToAll(self._timeout)
 
     def setup_distributed(self) -> None:
         """Make the process group, which one process can do without."""
@@ -320,7 +320,7 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         mine = checkpoints.with_own_weights(checkpoint, self._written, own)
         return checkpoints.without_common(mine, self._module.state_dict().keys(), own.keys())
 
-    def in_common(self, state: Mapping[str, Any], exchange: Exchange) -> Mapping[str, Any]:
+    def in_common(self, state: Mapping[str, Any], exchange: Collectives) -> Mapping[str, Any]:
         """The same weights, and as buffers what all agree on."""
         shared = self.shared_buffers
         names = [] if shared is None else [name for name in shared.buffers if name in state]

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_sgd.functional.distributed.flat_gradients import FlatGradients, layout, short_hash
 from lightning_sgd.strategies._base.replica import Replica
-from lightning_sgd.strategies._comm.all_to_all import DirectExchange
+from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
 
 
@@ -73,7 +73,7 @@ class GradientReplica(Replica):
         super().release()
         self._gradients, self._columns, self._result = None, None, None
 
-    def scatter(self, exchange: DirectExchange, rows: Tensor) -> tuple[Tensor, list[list[int]]]:
+    def scatter(self, exchange: AllToAll, rows: Tensor) -> tuple[Tensor, list[list[int]]]:
         """Give each rank its part of the columns of this rank's rows, and get this rank's part of all rows.
 
         Args:
@@ -98,7 +98,7 @@ class GradientReplica(Replica):
         )
         return mine.flatten(0, 1), words
 
-    def gather(self, exchange: DirectExchange, shard: Tensor) -> Tensor:
+    def gather(self, exchange: AllToAll, shard: Tensor) -> Tensor:
         """The parts of all ranks, one after the other.
 
         Args:
@@ -109,7 +109,7 @@ class GradientReplica(Replica):
         return exchange.gather_alike(shard, Purpose.GRADIENTS, self.num_steps, whole).flatten()
 
     def used_by(
-        self, exchange: DirectExchange, words: list[list[int]], is_used: Callable[[int], bool]
+        self, exchange: AllToAll, words: list[list[int]], is_used: Callable[[int], bool]
     ) -> list[bool]:
         """For each tensor, whether it gets a gradient.
 

@@ -7,7 +7,7 @@ import torch
 from lightning_sgd._validation import expect
 from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
 from lightning_sgd.strategies._base.replica import Replica
-from lightning_sgd.strategies._comm.collectives import Exchange, Purpose
+from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
 
 
 def describe_warm_up(num_steps: int) -> str:
@@ -24,7 +24,7 @@ def describe_warm_up(num_steps: int) -> str:
 
 
 @torch.no_grad()
-def average_gradients(exchange: Exchange, replica: Replica) -> None:
+def average_gradients(exchange: Collectives, replica: Replica) -> None:
     """Give all ranks the mean of their gradients, zero where one has none; where none has one, nobody gets one.
 
     Args:

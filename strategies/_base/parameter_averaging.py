@@ -16,7 +16,7 @@ from lightning_sgd.strategies._base.common_model import (
 )
 from lightning_sgd.strategies._base.replica import Replica
 from lightning_sgd.strategies._base.unwrapped import InitialWeights, StartMethod, UnwrappedStrategy
-from lightning_sgd.strategies._comm.collectives import Exchange
+from lightning_sgd.strategies._comm.collectives import Collectives
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -160,7 +160,7 @@ class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
             own = checkpoints.copied(super().lightning_module_state_dict())
         return checkpoints.with_own_weights(checkpoint, self._written, own)
 
-    def in_common(self, state: Mapping[str, Any], exchange: Exchange) -> Mapping[str, Any]:
+    def in_common(self, state: Mapping[str, Any], exchange: Collectives) -> Mapping[str, Any]:
         """The mean."""
         return checkpoints.mean_over_ranks(state, exchange, self._num_steps)
 

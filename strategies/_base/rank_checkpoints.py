@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_sgd.strategies._base import checkpoint_format as checkpoints
 from lightning_sgd.strategies._base.replica import Replica
-from lightning_sgd.strategies._comm.collectives import Exchange
+from lightning_sgd.strategies._comm.collectives import Collectives
 
 
 class RankCheckpoints(DDPStrategy, ABC):
@@ -22,7 +22,7 @@ class RankCheckpoints(DDPStrategy, ABC):
     (:meth:`in_common`), and what else there is to keep.
     """
 
-    exchange: Exchange | None
+    exchange: Collectives | None
 
     _is_resumed = False
     _random_states: Mapping[str, Any] | None = None
@@ -49,7 +49,7 @@ class RankCheckpoints(DDPStrategy, ABC):
         """
 
     @abstractmethod
-    def in_common(self, state: Mapping[str, Any], exchange: Exchange) -> Mapping[str, Any]:
+    def in_common(self, state: Mapping[str, Any], exchange: Collectives) -> Mapping[str, Any]:
         """What all ranks have in common where a callback has put a model of its own, one per rank.
 
         Args:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lightning_sgd.strategies._base.unwrapped import UnwrappedStrategy
-    from lightning_sgd.strategies._comm.collectives import Exchange
+    from lightning_sgd.strategies._comm.collectives import Collectives
 
 # By name: importing them takes longer than importing this package.
 WRAPPERS = ("FullyShardedDataParallel", "DistributedDataParallel", "DeepSpeedEngine")
@@ -54,7 +54,7 @@ def _named(things: Iterable[object], names: Sequence[str]) -> list[str]:
     return [type(thing).__name__ for thing in things if type(thing).__name__ in names]
 
 
-def verify_equal_weights(exchange: Exchange, module: LightningModule) -> None:
+def verify_equal_weights(exchange: Collectives, module: LightningModule) -> None:
     """Raise if ranks have different weights, by a few bytes each.
 
     Args:

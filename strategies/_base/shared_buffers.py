@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sgd.functional.distributed.flat_gradients import layout
 from lightning_sgd.functional.robust.robust_statistics import finite_median, most_frequent
 from lightning_sgd.strategies._base.replica import copies, put_back
-from lightning_sgd.strategies._comm.all_to_all import DirectExchange
+from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
 
 BufferRule: TypeAlias = Literal["median", "mean", "rank0", "local"]
@@ -36,7 +36,7 @@ class SharedBuffers:
 
     def __init__(
         self,
-        exchange: DirectExchange | None,
+        exchange: AllToAll | None,
         buffers: Mapping[str, Tensor],
         rule: BufferRule,
         step: Callable[[], int],
@@ -126,9 +126,7 @@ class SharedBuffers:
         ):
             tensor.copy_(part.view(tensor.shape))
 
-    def _of_all_ranks(
-        self, exchange: DirectExchange, mine: Tensor, tensors: Sequence[Tensor]
-    ) -> Tensor:
+    def _of_all_ranks(self, exchange: AllToAll, mine: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         rows = mine.new_empty(exchange.num_ranks, len(mine))
         exchange.trade(
             dict.fromkeys(range(exchange.num_ranks), mine),

@@ -13,14 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sgd._run_log import say
+from lightning_sgd._run_log import announce
 from lightning_sgd._validation import expect, warn_no_effect
 from lightning_sgd.functional.distributed.traffic import Traffic, all_reduce_traffic
 from lightning_sgd.strategies._base.rank_checkpoints import RankCheckpoints
 from lightning_sgd.strategies._base.replica import Replica
 from lightning_sgd.strategies._base.requirements import refuse_unsupported, verify_equal_weights
 from lightning_sgd.strategies._base.sigterm import listen_for_sigterm_every
-from lightning_sgd.strategies._comm.collectives import Exchange
+from lightning_sgd.strategies._comm.collectives import Collectives
 from lightning_sgd.strategies._comm.failures import ExchangeError, is_failed_exchange
 
 if TYPE_CHECKING:
@@ -107,9 +107,9 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
     def close(self) -> None:
         """Put this rank's own things back, and exchange nothing any more: a rank has failed."""
 
-    def make_exchange(self) -> Exchange:
+    def make_exchange(self) -> Collectives:
         """What a subclass exchanges by; makes process groups, so all ranks come here."""
-        return Exchange(self._timeout, in_background=self.in_background)
+        return Collectives(self._timeout, in_background=self.in_background)
 
     def own_metrics(self) -> dict[str, float]:
         """What else to log beside the traffic, by key."""
@@ -146,7 +146,9 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
         ranks = f"{self.num_ranks} ranks" if self.exchange else "1 rank, nothing to exchange"
         num_bytes = sum(replica.num_bytes for replica in self.replicas)
         what = f"{ranks}, {num_bytes / 1e6:.3g} MB of parameters {self.describe()}"
-        say(self._trainer, type(self).__name__, "start", f"{what}; {self.logs} goes to {places}.")
+        announce(
+            self._trainer, type(self).__name__, "start", f"{what}; {self.logs} goes to {places}."
+        )
 
     # Training.
 
@@ -185,7 +187,7 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
                 )
         self.settle()
         listen_for_sigterm_every(1, self._trainer)
-        say(self._trainer, type(self).__name__, "end", self._conclusion())
+        announce(self._trainer, type(self).__name__, "end", self._conclusion())
 
     def settle(self) -> None:
         """Leave the same model on every rank, for good; training is over."""
@@ -209,7 +211,7 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
         super().on_exception(exception)
 
     @staticmethod
-    def _blame(exchange: Exchange, exception: BaseException) -> None:
+    def _blame(exchange: Collectives, exception: BaseException) -> None:
         roll_call = exchange.roll_call
         if is_failed_exchange(exception):
             exchange.hang_up()

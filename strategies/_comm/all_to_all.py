@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sgd.functional.distributed.flat_gradients import short_hash
 from lightning_sgd.functional.distributed.traffic import all_reduce_traffic, send_traffic
-from lightning_sgd.strategies._comm.collectives import Exchange, Purpose, place
+from lightning_sgd.strategies._comm.collectives import Collectives, Purpose, place
 from lightning_sgd.strategies._comm.failures import ExchangeError, different_places
 from lightning_sgd.strategies._comm.in_flight import InFlight, start_letters
 
@@ -23,7 +23,7 @@ LETTER = 5
 """Length of a letter: purpose, step, layout and two words."""
 
 
-class DirectExchange(Exchange):
+class AllToAll(Collectives):
     """Adds what strategies need that cut a vector into as many parts as there are ranks.
 
     All ranks send to each other at once: no message waits for another one, while the collectives of gloo take a turn

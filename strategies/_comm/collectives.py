@@ -54,7 +54,7 @@ HANG_UP_SECONDS = 2.0
 """How long to wait for what is in flight when a rank fails; the end of its process closes the rest."""
 
 
-class Exchange:
+class Collectives:
     r"""Collectives on process groups of our own, so that those of metrics and Lightning never queue behind them.
 
     Every message carries a tag of its purpose and step in two elements, t and t², summed like the rest. By the

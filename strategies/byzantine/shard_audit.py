@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sgd.functional.distributed.flat_gradients import short_hash
 from lightning_sgd.functional.robust.robust_statistics import majority
 from lightning_sgd.strategies._base.requirements import content
-from lightning_sgd.strategies._comm.all_to_all import DirectExchange
+from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
 
 
@@ -45,7 +45,7 @@ class ShardAudit:
         num_wrong: For each rank, how often it returned something else than the majority.
     """
 
-    def __init__(self, exchange: DirectExchange) -> None:
+    def __init__(self, exchange: AllToAll) -> None:
         self.exchange = exchange
         self.num_wrong = [0] * exchange.num_ranks
 

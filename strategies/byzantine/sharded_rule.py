@@ -21,7 +21,7 @@ from lightning_sgd.functional.robust.stacked_rows import (
     row_gram,
     squared_row_norms,
 )
-from lightning_sgd.strategies._comm.all_to_all import DirectExchange
+from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
 
 
@@ -100,7 +100,7 @@ class ShardedRule:
         columns: Tensor,
         absent: Sequence[int],
         previous: Tensor | None,
-        exchange: DirectExchange | None,
+        exchange: AllToAll | None,
         step: int,
     ) -> Plan | Rejected:
         """What to do with the rows.
@@ -135,7 +135,7 @@ class ShardedRule:
         self,
         columns: Tensor,
         previous: Tensor | None,
-        exchange: DirectExchange | None,
+        exchange: AllToAll | None,
         step: int,
     ) -> tuple[Tensor, Tensor]:
         norms = squared_row_norms(columns)

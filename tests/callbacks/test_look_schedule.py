@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sgd.callbacks._monitoring.look_schedule import TickSchedule
+from lightning_sgd.callbacks._monitoring.look_schedule import LookSchedule
 
 EIGHTH = 1 / 8 / 0.8  # of which four fifths are planned for
 
@@ -28,7 +28,7 @@ def test_a_schedule_by_hand():
     # In eighths of a second: a count earns 1, a full look costs 4, a glance 1, and the first one nothing known. From 0:
     # −4 is paid back at 4. Glances may have half of the budget g: at 9 the fifth would make 2·5 > 9. The full
     # look is wanted from 10 on, and paid at 14, when 10 have been spent, 6 of them by glances.
-    schedule = TickSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
+    schedule = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
     looks, glances = simulate(schedule, 26)
     assert looks == [0, 14, 24]
     assert glances == [4, 6, 7, 8, 10, 12, 15, 16, 18, 20, 22, 25]
@@ -38,32 +38,32 @@ def test_a_schedule_by_hand():
 
 def test_only_full_looks_by_hand():
     # Spent so far and as much again: 8 after the first, then 4 more for each.
-    looks, glances = simulate(TickSchedule(every=1, max_overhead=EIGHTH), 26)
+    looks, glances = simulate(LookSchedule(every=1, max_overhead=EIGHTH), 26)
     assert (looks, glances) == ([0, 8, 12, 16, 20, 24], [])
 
 
 def test_ticks_are_multiples_of_the_interval():
-    looks, _ = simulate(TickSchedule(every=3, max_overhead=EIGHTH), 26)
+    looks, _ = simulate(LookSchedule(every=3, max_overhead=EIGHTH), 26)
     assert looks == [0, 9, 12, 18, 21, 24]
 
 
 def test_quick_looks_are_always_full():
     # On a small network nobody should have to wait ten epochs for the rank.
-    schedule = TickSchedule(every=1, max_overhead=0.5, full_every=10, can_glance=True)
+    schedule = LookSchedule(every=1, max_overhead=0.5, full_every=10, can_glance=True)
     looks, glances = simulate(schedule, 5, look=0.09, glance=0.05)
     assert (looks, glances) == ([0, 1, 2, 3, 4], [])
     assert not schedule.glances_between
 
 
 def test_affordable_but_slow_looks_are_full_every_so_often():
-    schedule = TickSchedule(every=2, max_overhead=1.0, full_every=3, can_glance=True)
+    schedule = LookSchedule(every=2, max_overhead=1.0, full_every=3, can_glance=True)
     looks, glances = simulate(schedule, 15)
     assert (looks, glances) == ([0, 6, 12], [2, 4, 8, 10, 14])
     assert schedule.glances_between
 
 
 def test_the_last_look_is_full_where_there_is_enough():
-    schedule = TickSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
+    schedule = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
     schedule.record("look", 0, 0.5)
     assert schedule.choose(8, 8.0, last=False) == "glance"
     assert schedule.choose(8, 8.0, last=True) == "look"
@@ -82,7 +82,7 @@ def test_the_last_look_is_full_where_there_is_enough():
 def test_the_budget_is_kept_and_full_looks_are_never_starved(
     every, share, look, cheaper, pace, full_every
 ):
-    schedule = TickSchedule(every, share, full_every, can_glance=True)
+    schedule = LookSchedule(every, share, full_every, can_glance=True)
     num_ticks, glance = 1000, look / cheaper
     looks, glances = simulate(schedule, num_ticks, pace, look, glance)
     made = sorted([(now, look) for now in looks] + [(now, glance) for now in glances])
@@ -102,19 +102,19 @@ def test_the_budget_is_kept_and_full_looks_are_never_starved(
 
 
 def test_without_a_limit_every_look_is_made_and_full():
-    schedule = TickSchedule(every=3, max_overhead=None, full_every=10, can_glance=True)
+    schedule = LookSchedule(every=3, max_overhead=None, full_every=10, can_glance=True)
     assert simulate(schedule, 10, look=100.0) == ([0, 3, 6, 9], [])
     assert not schedule.needs_time
 
 
 def test_the_state_brings_back_everything_but_the_settings():
-    schedule = TickSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
+    schedule = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
     simulate(schedule, 13)
-    other = TickSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
+    other = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
     other.load_state_dict(schedule.state_dict())
     assert other == schedule
     other.reset()
-    assert other == TickSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
+    assert other == LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +127,12 @@ def test_the_state_brings_back_everything_but_the_settings():
 )
 def test_impossible_schedules_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        TickSchedule(**settings)
+        LookSchedule(**settings)
 
 
 def test_a_quick_first_look_is_no_estimate_of_the_next():
     # It is slow because libraries load; by its cost alone, a short training would never be looked at again.
-    schedule = TickSchedule(every=1, max_overhead=0.01)
+    schedule = LookSchedule(every=1, max_overhead=0.01)
     schedule.record("look", now=0, cost=0.02)
     assert schedule.choose(now=1, seconds=2.49) is None  # 0.02 s are paid for after 2.5 s
     assert schedule.choose(now=2, seconds=2.5) == "look"
@@ -144,7 +144,7 @@ def test_a_quick_first_look_is_no_estimate_of_the_next():
 
 
 def test_a_slow_first_look_is_an_estimate_of_the_next():
-    schedule = TickSchedule(every=1, max_overhead=0.01)
+    schedule = LookSchedule(every=1, max_overhead=0.01)
     schedule.record("look", now=0, cost=0.2)
     assert schedule.choose(now=1, seconds=49.0) is None
     assert schedule.choose(now=2, seconds=50.0) == "look"

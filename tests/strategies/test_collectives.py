@@ -14,7 +14,7 @@ from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
 from lightning_sgd.strategies._base.common_model import Consensus
 from lightning_sgd.strategies._comm.collectives import (
     NUM_TAGS,
-    Exchange,
+    Collectives,
     Purpose,
     _is_stamped_alike,
     _stamp,
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def exchange():
-    return Exchange(timedelta(seconds=20))
+    return Collectives(timedelta(seconds=20))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
@@ -140,7 +140,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_rank_that_waits_gives_up_in_time_and_names_place_and_rank(tmp_path, way):
     def work(rank):
-        ours = Exchange(timedelta(seconds=1))
+        ours = Collectives(timedelta(seconds=1))
         if rank == 1:
             time.sleep(5)
             return "", 0.0

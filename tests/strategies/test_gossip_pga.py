@@ -47,7 +47,7 @@ from lightning_sgd.functional.distributed.gossip_pga import (
     Smoothed,
     weighted_differences,
 )
-from lightning_sgd.strategies._comm.collectives import Exchange
+from lightning_sgd.strategies._comm.collectives import Collectives
 
 pytestmark = [
     pytest.mark.timeout(90),
@@ -147,7 +147,7 @@ def test_few_ranks_in_a_ring(tmp_path, n):
 def test_a_torus_of_nine_ranks(tmp_path):
     # More ranks than cores; each has a model and no batches of its own, so that the mixing alone is seen.
     def work(rank):
-        exchange = Exchange(timedelta(seconds=30))
+        exchange = Collectives(timedelta(seconds=30))
         values = torch.arange(9.0).double()[rank : rank + 1] ** 2
         mixing = Torus().on(9)
         receive = {peer: [torch.zeros(3).double()] for peer in mixing.receive(rank, 0)}

@@ -14,7 +14,7 @@ from support.processes import run_ranks
 from lightning_sgd.aggregation import Mean, SignFlip, get_aggregator
 from lightning_sgd.functional.distributed.traffic import all_reduce_traffic
 from lightning_sgd.strategies._base.gradient_replica import GradientReplica
-from lightning_sgd.strategies._comm.all_to_all import DIRECT_BYTES, DirectExchange
+from lightning_sgd.strategies._comm.all_to_all import DIRECT_BYTES, AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
 from lightning_sgd.strategies._comm.failures import ExchangeError
 from lightning_sgd.strategies.byzantine.shard_audit import ShardAudit, pair
@@ -33,7 +33,7 @@ BOTH = ("nnm+trmean", "bucketing+median", "clip(radius=3.0)+median", "arc+trmean
 
 
 def exchange():
-    return DirectExchange(timedelta(seconds=20))
+    return AllToAll(timedelta(seconds=20))
 
 
 def row(rank, d, dtype=torch.float32):
