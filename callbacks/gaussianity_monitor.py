@@ -17,9 +17,9 @@ from lightning_sgd.callbacks._gaussianity_history import GaussianityHistory
 from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector, GradientSource
 from lightning_sgd.callbacks._monitoring.gradient_monitor import GradientMonitor
 from lightning_sgd.functional.noise.gaussian_null import TestName
-from lightning_sgd.functional.noise.gaussianity_settings import GaussianitySettings
 from lightning_sgd.functional.noise.gradient_gaussianity import (
     MIN_GRADIENTS,
+    GaussianitySettings,
     gradient_gaussianity,
 )
 from lightning_sgd.functional.noise.normality_tests import MAX_SAMPLES

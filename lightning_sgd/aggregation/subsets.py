@@ -10,8 +10,10 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.aggregation._aggregator import GramRule
 from lightning_sgd.functional.robust.stacked_rows import squared_distances
-from lightning_sgd.functional.robust.subsets import smallest_covariance_subset
-from lightning_sgd.functional.robust.vertex_cover import smallest_diameter_subset
+from lightning_sgd.functional.robust.subsets import (
+    smallest_covariance_subset,
+    smallest_diameter_subset,
+)
 
 
 class MDA(GramRule):

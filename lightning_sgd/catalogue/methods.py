@@ -54,7 +54,7 @@ CATALOGUE: tuple[Method, ...] = (
     ),
     Method(
         key="rank_collapse",
-        core="spectra.rank_collapse",
+        core="spectra.spectral_stats",
         title="Rank collapse",
         summary="Watches how mini-batch noise and weight decay drive weight matrices towards low rank.",
         use_when="You want to know which layers lose rank, die, or could be compressed, and since when.",
