@@ -62,7 +62,7 @@ def get_aggregator(spec: str | Aggregator, num_byzantine: int) -> Aggregator:
         num_byzantine: How many of the workers may be faulty [f].
 
     Raises:
-        ValueError: If a name or a setting is not known.
+        ValueError: If a name or a setting is not known, or ``spec`` holds another ``num_byzantine``.
 
     Example:
         >>> get_aggregator("nnm+trmean", num_byzantine=2)
@@ -112,6 +112,9 @@ def _rule(spec: str, name: str, settings: dict[str, Any], num_byzantine: int) ->
     remedy = f"Rules are {', '.join(RULES)}; before them may stand {', '.join(STEPS)}."
     expect(name in RULES, "aggregator", "a rule at its end", spec, remedy)
     make, defaults = RULES[name]
+    named = settings.get("num_byzantine", num_byzantine)
+    expected = f"{named}, as {name} has it"
+    expect(named == num_byzantine, "num_byzantine", expected, num_byzantine, "Give it once.")
     return _make(name, make, {**defaults, **settings, "num_byzantine": num_byzantine})
 
 

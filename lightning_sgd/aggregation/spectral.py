@@ -134,7 +134,7 @@ class DnC(GramRule):
 
     Args:
         num_byzantine: How many of the workers may be faulty [f].
-        filter_fraction: How many rows to remove for each faulty one [c].
+        filter_fraction: How many rows to remove for each faulty one [c]; rounded down, c·f must be at least one row.
 
     Example:
         >>> DnC(1)(torch.tensor([[1.0], [2.0], [3.0], [90.0]]))
@@ -147,10 +147,12 @@ class DnC(GramRule):
 
     def __init__(self, num_byzantine: int, filter_fraction: float = 1.0) -> None:
         super().__init__(num_byzantine)
-        fits = is_finite_at_least(filter_fraction, 0.0)
-        expect(
-            fits, "filter_fraction", "a number that is not negative", filter_fraction, "1 is usual."
-        )
+        fits = is_finite_at_least(filter_fraction, 0.0) and filter_fraction > 0
+        remedy = "1 is usual; Mean removes no row."
+        expect(fits, "filter_fraction", "a positive number", filter_fraction, remedy)
+        # Fewer than one row is none: the mean, in the name of a robust rule.
+        removes = num_byzantine == 0 or int(filter_fraction * num_byzantine) >= 1
+        expect(removes, "filter_fraction", f"at least 1/{num_byzantine}", filter_fraction, remedy)
         self.filter_fraction = filter_fraction
 
     def check(self, num_rows: int) -> None:
