@@ -1,4 +1,4 @@
-"""Rules by their names in a string, such as ``nnm+trmean``."""
+"""Rules from names in a string, such as ``nnm+trmean``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RULES: dict[str, tuple[Callable[..., Aggregator], dict[str, object]]] = {
     "caf": (SpectralFilter, {"stop": "agnostic"}),
     "dnc": (DnC, {}),
 }
-"""Rule and settings behind each name."""
+"""Rule and settings of each name."""
 
 STEPS: dict[str, Callable[..., PreAggregator]] = {
     "nnm": NNM,
@@ -50,11 +50,11 @@ STEPS: dict[str, Callable[..., PreAggregator]] = {
     "clip": Clip,
     "arc": ARC,
 }
-"""Pre-aggregation behind each name."""
+"""Pre-aggregation of each name."""
 
 
 def get_aggregator(spec: str | Aggregator, num_byzantine: int) -> Aggregator:
-    """The rule of a name, after the steps named before it.
+    """Build a rule, with its pre-aggregations, from names joined by ``+``.
 
     Args:
         spec: Such as ``"krum"``, ``"nnm+trmean"`` or, with settings,
@@ -85,6 +85,7 @@ def get_aggregator(spec: str | Aggregator, num_byzantine: int) -> Aggregator:
 
 
 def _calls(spec: str) -> list[tuple[str, dict[str, Any]]]:
+    """Parse a string to names with settings; as Python, so that nested brackets and quotes are right."""
     try:
         return [_call(part) for part in _summands(ast.parse(spec, mode="eval").body)]
     except (SyntaxError, ValueError):
