@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import warnings
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from support.training import trainer
 from support.watching import assert_equal
@@ -804,3 +806,29 @@ def test_the_last_line_names_what_is_hardest(tmp_path, caplog):
     assert [int(entry.split()[0]) for entry in named] == hardest
     means = [table.scores[torch.arange(c, N, C)].mean().item() for c in range(C)]
     assert f"hardest classes {int(np.argmax(means))} (" in line
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_values_stand_beside_the_loss_of_their_step(tmp_path, accumulate):
+    # A chart over steps would be shifted by one against Lightning's own metrics otherwise.
+    class Logs(Linear):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, on_step=True, on_epoch=False)
+            return loss
+
+    settings = {"log_every_n_steps": 3, "accumulate_grad_batches": accumulate}
+    logger = CSVLogger(tmp_path, name="csv")
+    fit(tmp_path, quiet(), Logs(), logger=logger, max_epochs=6 * accumulate, **settings)
+    with (tmp_path / "csv" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+
+    def steps_of(key):
+        return [int(row["step"]) for row in rows if row[key]]
+
+    assert (
+        steps_of("priority/gain") == steps_of("loss") == list(range(2, steps_of("loss")[-1] + 1, 3))
+    )
+    num_steps = math.ceil(BATCHES / accumulate)  # an epoch's last batch always steps
+    ends = [num_steps * epoch - 1 for epoch in range(1, 6 * accumulate + 1)]
+    assert steps_of("priority/never_drawn") == ends
