@@ -15,8 +15,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._monitoring.monitor import Monitor
 from lightning_sgd.callbacks._traffic_source import TrafficSource, find_source, holds_whole_model
-from lightning_sgd.functional.distributed.consensus import consensus_distance
-from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers, distance
+from lightning_sgd.functional.distributed.flat_buffers import (
+    FlatBuffers,
+    consensus_distance,
+    distance,
+)
 from lightning_sgd.functional.distributed.traffic import Traffic, blocked_share, traffic_table
 
 

@@ -14,6 +14,15 @@ class OutsideIntendedUseWarning(UserWarning):
     """A method runs outside the conditions for which its paper makes a promise."""
 
 
+class Words(str):
+    """Text that an error message shows without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def expect(condition: bool, argument: str, expected: str, got: object, remedy: str) -> None:
     """Raise a ``ValueError`` of the house form unless ``condition`` holds.
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.functional.distributed.local_sgd import PeriodSchedule, RunningMean
 from lightning_sgd.strategies._base.common_model import BufferPolicy, OptimizerStatePolicy
-from lightning_sgd.strategies._base.gradients import average_gradients, describe_warm_up
 from lightning_sgd.strategies._base.parameter_averaging import (
     InitialWeights,
     ParameterAveragingStrategy,
     StartMethod,
+    average_gradients,
+    describe_warm_up,
 )
 from lightning_sgd.strategies._base.replica import Replica
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect, warn_outside_intended_use
 from lightning_sgd.aggregation import Aggregator, Attack, get_aggregator
+from lightning_sgd.strategies._base.common_model import BufferRule
 from lightning_sgd.strategies._base.gradient_aggregation import GradientAggregationStrategy, Workers
-from lightning_sgd.strategies._base.gradient_replica import GradientReplica
-from lightning_sgd.strategies._base.shared_buffers import BufferRule
+from lightning_sgd.strategies._base.replica import GradientReplica
 from lightning_sgd.strategies._base.unwrapped import InitialWeights, StartMethod
 from lightning_sgd.strategies._comm.collectives import Purpose
 from lightning_sgd.strategies.byzantine.robust_reduce import RobustReduce

@@ -13,7 +13,7 @@ from support.strategy_training import FORK, Run, ddp
 
 from lightning_sgd import CommunicationMonitor, LocalSGDStrategy
 from lightning_sgd.callbacks._traffic_source import find_source
-from lightning_sgd.functional.distributed.consensus import consensus_distance
+from lightning_sgd.functional.distributed.flat_buffers import consensus_distance
 from lightning_sgd.functional.distributed.traffic import Traffic, blocked_share, traffic_table
 
 pytestmark = pytest.mark.timeout(60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -157,28 +156,3 @@ def _check_dense(gradients: Iterable[Tensor | None]) -> None:
     dense = not any(grad is not None and grad.is_sparse for grad in gradients)
     remedy = "Set sparse=False in the embedding."
     expect(dense, "gradients", "dense where they are aggregated", "a sparse one", remedy)
-
-
-def layout(named: Iterable[tuple[str, Tensor]]) -> int:
-    """A number of 63 bits that changes with names, shapes, types and order.
-
-    Args:
-        named: Names and tensors.
-
-    Example:
-        >>> layout([("weight", torch.ones(2))]) == layout([("weight", torch.zeros(2))])
-        True
-        >>> layout([("weight", torch.ones(2))]) == layout([("weight", torch.ones(2, 1))])
-        False
-    """
-    text = ";".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in named)
-    return short_hash(text.encode())
-
-
-def short_hash(content: bytes) -> int:
-    """63 bits of SHA-256, which fit into a tensor of integers.
-
-    Args:
-        content: Anything.
-    """
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
