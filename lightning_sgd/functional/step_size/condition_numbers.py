@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import Words, expect
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +81,19 @@ def estimate_condition_numbers(
         rows = _gather(features, feature_map or _first_tensor, num_samples)
     X = rows.detach().flatten(start_dim=1)
     n = len(X)
-    expect(n > 0, "features", "at least one sample", "none", "Pass a non-empty data set.")
+    expect(n > 0, "features", "at least one sample", Words("none"), "Pass a non-empty data set.")
     expect(
         bool(X.isfinite().all()),
         "features",
         "finite",
-        "NaN or Inf",
+        Words("NaN or Inf"),
         "Clean or scale the data first.",
     )
     if rtol is None:
         rtol = max(X.shape) * torch.finfo(X.dtype if X.is_floating_point() else torch.double).eps
     U, S, _ = torch.linalg.svd(X.double(), full_matrices=False)
     rank = int((rtol * S[0] < S).sum())
-    expect(rank > 0, "features", "not all zero", "only zeros", "Check the data set.")
+    expect(rank > 0, "features", "not all zero", Words("only zeros"), "Check the data set.")
     U, eigenvalues = U[:, :rank], S[:rank] ** 2 / n
     L, mu = float(eigenvalues[0]), float(eigenvalues[-1])
     return ConditionNumbers(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import Words, expect
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,13 @@ def least_squares_constants(
     remedy = "Give one residual, target less prediction, for each row of features."
     expect(len(x) == len(r) > 0, "residuals", f"{len(x)} numbers", tuple(residuals.shape), remedy)
     finite = bool(x.isfinite().all() and r.isfinite().all())
-    expect(finite, "features and residuals", "finite", "NaN or Inf", "Leave out what overflowed.")
+    expect(
+        finite,
+        "features and residuals",
+        "finite",
+        Words("NaN or Inf"),
+        "Leave out what overflowed.",
+    )
     u, s, _ = torch.linalg.svd(x / math.sqrt(len(x)), full_matrices=False)
     kept = _kept(s.square(), rtol)
     u, s = u[:, kept], s[kept]
