@@ -117,19 +117,17 @@ from lightning_sgd.functional.step_size.biased_sgd import (
 from lightning_sgd.functional.step_size.biased_sgd_plan import (
     biased_sgd_bound,
     biased_sgd_floor,
+    biased_sgd_sdp,
     max_relative_error,
     optimal_step,
 )
-from lightning_sgd.functional.step_size.biased_sgd_sdp import biased_sgd_sdp
 from lightning_sgd.functional.step_size.compression import fit_error_model
-from lightning_sgd.functional.step_size.condition_numbers import (
-    ConditionNumbers,
-    estimate_condition_numbers,
-)
 from lightning_sgd.functional.step_size.diminishing import diminishing_bound
 from lightning_sgd.functional.step_size.least_squares import (
+    ConditionNumbers,
     LeastSquaresConstants,
     critical_batch_size,
+    estimate_condition_numbers,
     least_squares_constants,
     max_learning_rate,
 )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import Words, expect
 from lightning_sgd.functional.robust.stacked_rows import (
     BLOCK,
     Rows,
@@ -165,7 +165,7 @@ class Aggregator(ABC):
             len(dropped) <= self.num_byzantine,
             "rows",
             expected,
-            f"{len(dropped)} that are not",
+            Words(f"{len(dropped)} that are not"),
             remedy,
         )
         self._begin(kept, n)
@@ -191,7 +191,7 @@ class Aggregator(ABC):
         """
         finite = bool(gram.isfinite().all())
         remedy = "Scale the gradients down, or raise `num_byzantine`."
-        expect(finite, "rows", "short enough for inner products", "overflow", remedy)
+        expect(finite, "rows", "short enough for inner products", Words("overflow"), remedy)
         matrix = self._matrix(gram, num_byzantine)
         self.report = replace(
             self.report, weights=self._on_all_rows(matrix), top_eigenvalue=self._top_eigenvalue()

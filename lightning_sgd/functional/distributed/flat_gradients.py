@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import Words, expect
 from lightning_sgd.functional.distributed.flat_buffers import accumulation_dtype, real, unique
 
 
@@ -155,4 +155,4 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 def _check_dense(gradients: Iterable[Tensor | None]) -> None:
     dense = not any(grad is not None and grad.is_sparse for grad in gradients)
     remedy = "Set sparse=False in the embedding."
-    expect(dense, "gradients", "dense where they are aggregated", "a sparse one", remedy)
+    expect(dense, "gradients", "dense where they are aggregated", Words("a sparse one"), remedy)
