@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -110,6 +110,16 @@ class PrioritySampling(Callback):
         Tian Zhou, Lixin Gao. Distributed Framework for Accelerating Training of Deep Learning Models through
         Prioritization. IC2E 2021.
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "priority/effective_batch_share",
+        "priority/max_weight",
+        "priority/gain",
+        "priority/lag",
+        "priority/mean_age",
+        "priority/effective_share",
+        "priority/never_drawn",
+    )
 
     def __init__(
         self,
