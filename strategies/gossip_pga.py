@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -94,6 +94,14 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         Yiming Chen, Kun Yuan, Yingya Zhang, Pan Pan, Yinghui Xu, Wotao Yin. Accelerating Gossip SGD with Periodic
         Global Averaging. ICML 2021.
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "comm/bytes_per_step",
+        "comm/messages_per_step",
+        "comm/blocked_seconds_per_step",
+        "gossip/consensus_distance",
+        "gossip/period",
+    )
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -89,6 +89,13 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         Jianyu Wang, Hao Liang, Gauri Joshi. Overlap Local-SGD: An Algorithmic Approach to Hide Communication Delays in
         Distributed SGD. ICASSP 2020.
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "comm/bytes_per_step",
+        "comm/messages_per_step",
+        "comm/blocked_seconds_per_step",
+        "overlap/anchor_distance",
+    )
 
     def __init__(
         self,

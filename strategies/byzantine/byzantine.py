@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -86,6 +86,12 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         Sai Praneeth Karimireddy, Lie He, Martin Jaggi. Learning from History for Byzantine Robust Optimization.
         ICML 2021 (worker momentum).
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "comm/bytes_per_step",
+        "comm/messages_per_step",
+        "comm/blocked_seconds_per_step",
+    )
 
     def __init__(
         self,

@@ -262,6 +262,7 @@ def test_gradients_are_not_tracked():
         assert not get_aggregator(name, 1)(rows).requires_grad
 
 
+@pytest.mark.slow
 def test_memory_stays_below_a_copy_of_the_rows():
     # n × (n − f) × d would be 16 times the rows here; even one copy of them is too much for a large model.
     code = """
