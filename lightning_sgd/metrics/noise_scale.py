@@ -22,8 +22,8 @@ NAMES = tuple(field.name for field in fields(GradientNoise))
 class GradientNoiseScale(ScalarMetric):
     r"""The batch size at which noise and signal in gradients are equally large: :math:`\mathrm{Tr}(\Sigma)/\|G\|^2`.
 
-    Every update takes several gradients at one point; points and ranks add up before noise is divided by signal. Kept
-    are six numbers.
+    Every update takes several gradients at one point; noise and signal are summed over points and ranks before one is
+    divided by the other. The state is six numbers.
 
     Args:
         **kwargs: Settings of every ``torchmetrics.Metric``.
@@ -63,12 +63,12 @@ class GradientNoiseScale(ScalarMetric):
             setattr(self, name, getattr(self, name) + getattr(noise, name))
 
     def result(self) -> NoiseScale:
-        """Value and interval for everything since the last reset."""
+        """Return value and interval for all updates since the last reset."""
         trace, square, *variances, num_pairs = (float(getattr(self, name)) for name in NAMES)
         var_trace, var_square, covariance = variances
         total = GradientNoise(trace, square, var_trace, var_square, covariance, round(num_pairs))
         return noise_scale(total)
 
     def compute(self) -> Tensor:
-        """The noise scale in samples; infinite where no gradient is seen in the noise, NaN before the first update."""
+        """Compute the noise scale in samples; infinite if no gradient is found in the noise, NaN without an update."""
         return torch.tensor(self.result().value, device=self.device)
