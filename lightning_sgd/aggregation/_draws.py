@@ -19,6 +19,7 @@ class Draws:
 
     def next_generator(self) -> torch.Generator:
         """Return the generator of the next call."""
+        # The shift keeps streams of neighbouring seeds apart.
         generator = torch.Generator().manual_seed((self.seed << 32) + self.num_calls)
         self.num_calls += 1
         return generator

@@ -110,6 +110,7 @@ class GradientGaussianity(ScalarMetric):
         """Copy the coordinates of each row that are stored."""
         if self.num_coordinates is None:
             return rows.clone()
+        # The same seed gives the same coordinates in every update and on every rank.
         coordinates = Coordinates({"": rows.shape[1]}, self.num_coordinates, self.seed)
         return torch.stack([coordinates.of([row]) for row in rows])
 

@@ -58,6 +58,7 @@ class GradientNoiseScale(ScalarMetric):
             rows: One gradient in each row, shape (m, s).
             batch_size: Samples behind one row.
         """
+        # Sums, not ratios: a mean of ratios would be biased, and infinite where one point has no signal.
         noise = gradient_noise(rows, batch_size)
         for name in NAMES:
             setattr(self, name, getattr(self, name) + getattr(noise, name))

@@ -82,6 +82,7 @@ class RankMe(ScalarMetric):
             return torch.full_like(self.gram, torch.nan)
         gram = self.gram
         if self.center:
+            # In float64: with a large mean this difference loses digits.
             gram = gram - torch.outer(self.total, self.total) / self.num_samples
         count = min(len(gram), int(self.num_samples))
         return rankme(gram_singular_values(gram)[:count], eps=self.eps)

@@ -135,6 +135,7 @@ def coordinate_sums(rows: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
         alive = alive & nonzero.any(1)
         if level < levels:
             values = values[:, 0::2] + values[:, 1::2]
+    # Blocks in which no column is alive have no logarithm at all.
     found = alive.any(1) if whole else torch.zeros(0, dtype=torch.bool, device=rows.device)
     table = torch.where(alive, torch.stack(means), 0.0).sum(2) / alive.sum(1)
     counts = 0.5 ** torch.arange(levels + 1, dtype=torch.float64, device=rows.device) * 2**levels

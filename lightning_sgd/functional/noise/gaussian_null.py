@@ -100,6 +100,7 @@ def direction_tests(
         _shares(noise, test, level) for noise in _gaussian_like(usable, generator, num_bootstraps)
     ]
     shares, statistics = (torch.cat(values) for values in zip(*null, strict=True))
+    # Equal shares count as larger: p-values are never too small.
     exceeded = int((shares >= share).sum())
     return DirectionTests(
         float(share),
@@ -121,6 +122,7 @@ def _scaled(projections: Tensor) -> Tensor:
 
 def _limit(shares: Tensor, rate: float) -> float:
     """Return the share above which the calibrated p-value is at most ``rate``; infinite if there is none."""
+    # The factor: 0.01 · 200 must not be rounded to 1.99…
     rank = math.floor(rate * (len(shares) + 1) * (1 + 1e-9))
     return float(shares.sort(descending=True).values[rank - 1]) if rank else math.inf
 

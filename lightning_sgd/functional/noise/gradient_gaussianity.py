@@ -158,6 +158,7 @@ def gradient_gaussianity(
         return GaussianityResult(DirectionTests(), DirectionTests())
     gram = noise_gram(rows)
     drawn = gram_projections(gram, settings.num_directions, generator)
+    # Without replacement: a coordinate that is tested twice is no further evidence.
     columns = torch.randperm(rows.shape[1], generator=generator)[: settings.num_directions]
     single = rows[:, columns.to(rows.device)].T
     random, coordinate = (_tests(part, generator, settings) for part in (drawn, single))
@@ -197,6 +198,7 @@ def _verdict(
 ) -> GaussianityVerdict:
     if math.isnan(random.p_value):
         return "undecided"
+    # Random directions first: if noise is not Gaussian there, the coordinates do not matter.
     if random.p_value <= settings.family_rate:
         return "not Gaussian"
     if coordinate.p_value <= settings.family_rate:

@@ -82,4 +82,5 @@ def _paper(entries: Tensor) -> TailIndexResult:
     if num < MIN_SAMPLES:
         return NOTHING
     length = largest_divisor(num)
+    # A prime number has no such divisor: take ⌊√K⌋ and leave the last entries out.
     return log_moment_tail_index(entries, length if length > 1 else math.isqrt(num))

@@ -88,6 +88,7 @@ def gradient_noise(rows: Tensor, batch_size: int) -> GradientNoise:
     if m == 2:
         t, g = float(trace), float(gradient_sq)
         return GradientNoise(t, g, t * t, g * g, t * g, 1)
+    # The estimates without each gradient in turn, from sums of the one Gram matrix.
     left = _estimates(own.sum() - own, total - 2 * gram.sum(dim=1) + own, m - 1, batch_size)
     spread = torch.stack(left)
     spread = spread - spread.mean(dim=1, keepdim=True)

@@ -92,10 +92,12 @@ def log_moment_tail_index(
     """
     flat = samples.detach().flatten().double()
     length = _block_length(flat.numel(), block_length)
+    # Subtracting the mean of the same samples makes sums too small, hence α too large.
     blocks = (flat - flat.mean() if center else flat)[: flat.numel() // length * length]
     blocks = blocks.view(-1, length)
     logs, nonzero = _logs(blocks)
     sums, filled = _logs(blocks.sum(1))
+    # Each mean over the values that are not zero, which may be different numbers of them.
     growth = sums.sum() / filled.sum() - logs.sum() / nonzero.sum()
     usable = filled & nonzero.any(1)
     each = sums[usable] - (logs.sum(1) / nonzero.sum(1))[usable]

@@ -54,6 +54,7 @@ def largest_hidden_factor(honest: Tensor, direction: Tensor, *, by_sum: bool) ->
     b, c = -(centred @ direction.double()), centred.square().sum(dim=1) - limit
     if by_sum:
         a, b, c = a * len(honest), b.sum(), centred.square().sum() - limit
+    # The larger root of each quadratic; γ must not exceed any of them.
     roots = (-b + (b.square() - a * c).clamp_min(0.0).sqrt()) / a.clamp_min(1e-300)
     return float(roots.min())
 
@@ -69,6 +70,7 @@ def flip_exponent_bit(values: Tensor, bit: int) -> Tensor:
         >>> flip_exponent_bit(torch.tensor([1.0, 2.0]), 1)
         tensor([0.2500, 8.0000])
     """
+    # The exponent follows the 23 bits of the fraction.
     flipped = values.float().view(torch.int32) ^ (1 << (23 + bit))
     return flipped.view(torch.float32)
 

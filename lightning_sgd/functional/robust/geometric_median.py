@@ -82,6 +82,7 @@ def median_among_rows(gram: Tensor, masses: Tensor) -> int | None:
     apart = squares > 1e-13 * (scale[:, None] + scale)
     pulls = torch.where(apart, masses[:, None] / squares.sqrt().clamp_min(_TINY), 0.0)
     totals, images = pulls.sum(dim=0), gram @ pulls
+    # ‖Σᵢ pᵢ(xᵢ − x_k)‖² for every k, by inner products alone.
     lengths = (pulls * images).sum(dim=0) - 2 * totals * images.diagonal() + totals**2 * scale
     own = (masses[:, None] * ~apart).sum(dim=0)
     excess = lengths.clamp_min(0.0).sqrt() - own

@@ -40,6 +40,7 @@ def rejected(
     """
     flags = [worker in dropped for worker in range(num_workers)]
     others = [worker for worker in range(num_workers) if not flags[worker]]
+    # Krum gives all weight to one row: a median weight of 0 tells nothing about single workers.
     is_telling = weights is not None and float(weights[others].median()) > 0
     if weights is not None and is_telling:
         suspects = weights < SMALL_WEIGHT * weights[others].median()
@@ -110,5 +111,6 @@ class RejectionTally:
         if self.num_steps < self.horizon or not self.recent:
             return []
         usual = float(torch.tensor(self.recent).median())
+        # A rule such as Krum rejects most workers in every step; only more rejections than usual are suspicious.
         enough = max(share, min(2 * usual, 1.0))
         return [worker for worker, rate in enumerate(self.recent) if rate >= enough > usual]

@@ -12,7 +12,7 @@ from torch import Tensor
 BLOCK = 2**18
 """Columns at a time."""
 
-Said = TypeVar("Said", bound=Hashable)
+Value = TypeVar("Value", bound=Hashable)
 
 
 def finite_median(rows: Tensor) -> Tensor:
@@ -30,6 +30,7 @@ def finite_median(rows: Tensor) -> Tensor:
     """
     flat = rows.reshape(len(rows), -1)
     flat = flat.where(flat.isfinite(), torch.nan)
+    # `nanquantile` refuses more than 2²⁴ numbers at once.
     parts = [part.nanquantile(0.5, dim=0) for part in torch.split(flat, BLOCK, dim=1)]
     return torch.cat(parts).view(rows.shape[1:])
 
@@ -61,18 +62,18 @@ def is_majority(votes: Sequence[bool]) -> bool:
     return 2 * sum(votes) > len(votes)
 
 
-def majority(said: Sequence[Said]) -> Said | None:
+def majority(values: Sequence[Value]) -> Value | None:
     """Return the value of more than half of the ranks; ``None`` if there is none.
 
     Args:
-        said: One value per rank.
+        values: One value per rank.
 
     Example:
         >>> majority(["a", "b", "a"]), majority(["a", "b"])
         ('a', None)
     """
-    value, count = Counter(said).most_common(1)[0]
-    return value if 2 * count > len(said) else None
+    value, count = Counter(values).most_common(1)[0]
+    return value if 2 * count > len(values) else None
 
 
 def worker_momentum(momentum: Tensor, gradient: Tensor, beta: float) -> Tensor:

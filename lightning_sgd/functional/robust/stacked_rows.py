@@ -99,6 +99,7 @@ def usable_rows(squared_norms: Tensor, num_byzantine: int, max_ratio: float = 1e
     if not finite:
         return []
     median = float(norms[finite].quantile(0.5))
+    # If half of the rows are zero there is no scale, and only rows that would overflow are too long.
     limit = max_ratio * median if median > 0 else _LARGEST_NORM
     longest = sorted((i for i in finite if float(norms[i]) > limit), key=lambda i: -float(norms[i]))
     too_long = set(longest[: max(0, num_byzantine - (len(norms) - len(finite)))])
@@ -142,6 +143,7 @@ def row_gram(rows: Rows, reference: int | None) -> Tensor:
         for _, block in column_blocks(rows):
             shifted = block if reference is None else block - block[reference]
             total += (shifted @ shifted.mT).to(accumulator)
+    # Products of blocks are not exactly symmetric on all devices, and `eigh` reads one triangle only.
     return (total + total.mT).cpu() / 2
 
 
@@ -159,6 +161,7 @@ def combine(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
     """
     used = matrix.ne(0).any(dim=0)
     num_used = int(used.sum())
+    # Multiplying by zeros is faster than copying the used rows, as long as most are used.
     if 2 * num_used > len(used):
         result = _product(matrix, block, out)
         if num_used == len(used) or bool(result.isfinite().all()):

@@ -88,6 +88,7 @@ def _cover(far: Sequence[int], alive: int, budget: int, totals: Sequence[float])
     if not any(degrees.values()):
         return 0
     chosen = max(degrees, key=lambda i: (degrees[i], totals[i]))
+    # No point covers more pairs than this one: the budget cannot cover all, and the search is cut here.
     if sum(degrees.values()) > 2 * budget * degrees[chosen]:
         return None
     leaves = [i for i, degree in degrees.items() if degree == 1]

@@ -38,6 +38,7 @@ def gram_matrix(rows: Tensor) -> Tensor:
         tensor([[ 9.,  0.],
                 [ 0., 16.]])
     """
+    # For small matrices the calls cost more than half of the product saves.
     if rows.shape[-2] < 256:
         return rows @ rows.mT
     above, below = rows.tensor_split(2, dim=-2)
@@ -61,6 +62,7 @@ def where_finite(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tens
 
 def normalize(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale the largest element to one; return the matrix and the scale, which has a last dimension of size 1."""
+    # Scaled to at most 1, squares cannot overflow, and that of the largest element cannot vanish.
     wide = as_wide(matrix, dtype)
     scale = _largest_magnitude(wide)
     return wide / torch.where(scale > 0, scale, 1.0)[..., None], scale
@@ -105,6 +107,7 @@ class GramQueue:
         """Add the Gram matrix, on its short side, of the matrix with this index."""
         short = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
         gram = gram_matrix(short)
+        # Matrices of one short side share a batch, whatever their long sides.
         key = gram.device, gram.dtype, gram.shape[-1]
         self.waiting[key][index] = gram
         if sum(other.numel() for other in self.waiting[key].values()) >= self.max_elements:

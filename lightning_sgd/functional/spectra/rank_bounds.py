@@ -126,6 +126,7 @@ def sgd_transfer(
         >>> sgd_transfer(lr=0.1, weight_decay=0.5).ww
         0.95
     """
+    # torch adds coupled decay to the gradient, so it enters the momentum buffer; decoupled decay does not.
     shrink, coupled = (1 - lr * weight_decay, 0.0) if decoupled else (1.0, weight_decay)
     vw, vv = (1 - dampening) * coupled * shrink, momentum
     if nesterov:

@@ -89,6 +89,7 @@ def energy_rank(singular_values: Tensor, eta: float = 0.99) -> Tensor:
     ratios = _relative(singular_values).sort(dim=-1, descending=True).values
     energy = ratios.square().cumsum(dim=-1)
     total = energy[..., -1:]
+    # Of how many leading values the energy is still too small; one more completes the share.
     incomplete = _count(energy < eta * total, energy)
     return torch.where(total.squeeze(-1) == 0, 0.0, incomplete + 1)
 
@@ -126,6 +127,7 @@ def effective_rank(singular_values: Tensor, power: int = 1) -> Tensor:
     expect(power in (1, 2), "power", "1 or 2", power, "1 is the definition of Roy and Vetterli.")
     weights = _relative(singular_values) ** power
     total = weights.sum(dim=-1)
+    # `xlogy` has 0·log 0 = 0; only a spectrum of zeros needs a denominator.
     p = weights / torch.where(total == 0, 1.0, total)[..., None]
     entropy = -torch.xlogy(p, p).sum(dim=-1)
     return torch.where(total == 0, 0.0, entropy.exp())

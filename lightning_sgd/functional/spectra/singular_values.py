@@ -152,6 +152,7 @@ def choose_route(
     dtypes = (torch.float32, torch.float64) if dtype is None else (dtype,)
     for candidate in itertools.product(methods, dtypes):
         route = Route(candidate[0], torch.promote_types(candidate[1], own))
+        # Candidates go from cheap to accurate. The factor 2: see the noise in `smallest_resolved`.
         if 2 * smallest_resolved(*route) <= needed:
             break
     return route

@@ -328,6 +328,7 @@ def _validate_accuracy(settings: SpectralMeasures) -> None:
     if settings.method == "auto" or settings.method == "cheap":
         return
     counted = {"rank": min(settings.tol), "hard_rank": 1e-6}
+    # Counts are wrong by whole numbers below the resolution; other measures lose digits only.
     for measure in counted.keys() & set(settings.measures):
         needed = counted[measure]
         route = choose_route(settings.method, settings.dtype, needed, torch.float32)

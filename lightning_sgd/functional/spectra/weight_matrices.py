@@ -185,11 +185,13 @@ def _weights(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, tuple[nn.Pa
     """Yield every weight that a forward pass uses: path, module, name in the module, parameters it is made from."""
     hidden: set[nn.Module] = set()
     for path, module in root.named_modules(remove_duplicate=False):
+        # Modules inside parametrizations hold the sources of a weight, not weights of their own.
         if module in hidden:
             continue
         prefix = f"{path}.".replace("_orig_mod.", "").removeprefix(".")
         behind = {name: (parameter,) for name, parameter in module.named_parameters(recurse=False)}
         for name in _computing_hooks(module):
+            # Parameters of torch's hooks: weight norm has g and v, spectral norm and pruning have orig.
             sources = [f"{name}{suffix}" for suffix in ("_g", "_v", "_orig")]
             behind[name] = tuple(behind.pop(source)[0] for source in sources if source in behind)
         if parametrize.is_parametrized(module):
