@@ -34,9 +34,5 @@ class Draws:
         return {"seed": self.seed, "num_calls": self.num_calls}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Args:
-            state: Result of :meth:`state_dict`.
-        """
+        """Restore what :meth:`state_dict` returned."""
         self.seed, self.num_calls = state["seed"], state["num_calls"]
