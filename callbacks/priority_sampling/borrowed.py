@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_sgd.callbacks._monitoring.extra_batches import measuring
+from lightning_sgd.callbacks._monitoring.extra_batches import side_effect_free
 
 
 class Loan:
@@ -83,7 +83,7 @@ def silent_evaluation(module: LightningModule) -> Iterator[None]:
     Args:
         module: Whose training step is going to be called.
     """
-    with measuring(module, train_mode=False), torch.no_grad():
+    with side_effect_free(module, train_mode=False), torch.no_grad():
         yield
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sgd._run_log import announce
 from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd.callbacks._monitoring.figures import publish_if_possible
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
     Loan,
     all_gathered,
@@ -26,7 +27,6 @@ from lightning_sgd.callbacks.priority_sampling.settings import (
     refuse_unsupported,
     warn_of_settings,
 )
-from lightning_sgd.callbacks.rank_monitor.heat_map import publish_if_possible
 from lightning_sgd.functional.sampling.priority_sampling import (
     WeightNorm,
     annealed,

@@ -265,6 +265,11 @@ CATALOGUE: tuple[Method, ...] = (
                 kind="callback",
                 settings={"every_n_steps": 1, "max_overhead": 1.0},
                 metric_keys=(
+                    "comm/bytes_per_step",
+                    "comm/messages_per_step",
+                    "comm/blocked_seconds_per_step",
+                    "comm/blocked_share",
+                    "comm/consensus_distance",
                     "communication/bytes_per_step",
                     "communication/messages_per_step",
                     "communication/blocked_seconds_per_step",

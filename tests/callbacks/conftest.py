@@ -14,6 +14,9 @@ OTHER_SETTINGS: dict[str, dict[str, object]] = {
 }
 """By name, what distinguishes two instances in one Trainer, where a longer interval does not."""
 
+DEPRECATED = {"CommunicationMonitor": "communication/*"}
+"""By name, the keys that only ``trainer.callback_metrics`` still has."""
+
 
 def is_observer(plugin):
     """Whether it promises to leave training as it is."""
@@ -38,7 +41,13 @@ def subject(plugin):
     interval = "every_n_epochs" if "every_n_epochs" in plugin.settings else "every_n_steps"
     longer = {interval: plugin.settings.get(interval, 1) + 1}
     other_settings = OTHER_SETTINGS.get(plugin.name, longer)
-    return Subject(make, plugin.metric_keys, is_observer(plugin), other_settings)
+    return Subject(
+        make,
+        plugin.metric_keys,
+        is_observer(plugin),
+        other_settings,
+        DEPRECATED.get(plugin.name),
+    )
 
 
 @pytest.fixture

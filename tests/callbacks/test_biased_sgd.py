@@ -160,7 +160,7 @@ def test_gradients_that_are_gone_are_told(tmp_path, caplog):
 
         trainer(tmp_path, callbacks=[monitor]).fit(Tidy(SGD), batches())
     assert monitor.error_model() is None
-    assert "GradientErrorMonitor: no gradient was there to look at." in caplog.messages[-1]
+    assert "GradientErrorMonitor: no gradient was measured." in caplog.messages[-1]
 
 
 def test_lines_name_compressor_model_and_floor(tmp_path, caplog):

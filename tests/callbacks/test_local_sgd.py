@@ -12,9 +12,10 @@ from lightning.pytorch.loggers import CSVLogger
 from support.strategy_training import FORK, Run, ddp
 
 from lightning_sgd import CommunicationMonitor, LocalSGDStrategy
-from lightning_sgd.callbacks._traffic_source import find_source
+from lightning_sgd.callbacks.communication_monitor.communication_monitor import traffic_table
+from lightning_sgd.callbacks.communication_monitor.traffic_source import find_source
 from lightning_sgd.functional.distributed.consensus import consensus_distance
-from lightning_sgd.functional.distributed.traffic import Traffic, blocked_share, traffic_table
+from lightning_sgd.functional.distributed.traffic import Traffic, blocked_share
 
 pytestmark = pytest.mark.timeout(60)
 NUM_STEPS, NUM_PARAMS = 14, 4 * 8 + 8 + 8 + 1
@@ -34,8 +35,8 @@ def monitor(**settings):
 def logged(folder):
     """By key, the values in the order of steps."""
     rows = np.genfromtxt(folder / "log/metrics.csv", delimiter=",", names=True, deletechars="")
-    found = {name: rows[name][rows["step"] > 0] for name in rows.dtype.names}
-    return {key.removeprefix("communication/"): v for key, v in found.items() if "/" in key}
+    # The first row is the look before the first step.
+    return {key.removeprefix("comm/"): rows[key][1:] for key in rows.dtype.names if "/" in key}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
