@@ -174,6 +174,19 @@ def test_lines_name_compressor_model_and_floor(tmp_path, caplog):
     assert f"a squared distance of {biased_sgd_floor(PROBLEM, delta, c):.4g}." in last
 
 
+def test_a_training_that_resumes_without_the_monitor_forgets_what_another_one_measured(tmp_path):
+    # The step number says nothing about it: the checkpoint is from the middle of a training without a monitor.
+    plain = trainer(tmp_path, max_epochs=1)
+    plain.fit(Regression(SGD), batches())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    monitor = watch("bf16")
+    trainer(tmp_path, callbacks=[monitor]).fit(Regression(SGD), batches())
+    first = len(monitor.grad_sq)
+    resumed = trainer(tmp_path, callbacks=[monitor], max_epochs=2)
+    resumed.fit(Regression(SGD), batches(), ckpt_path=tmp_path / "plain.ckpt")
+    assert 0 < len(monitor.grad_sq) < first
+
+
 def test_it_looks_every_50_steps_by_default(tmp_path):
     assert GradientErrorMonitor().unit == "step"
     assert GradientErrorMonitor(every_n_epochs=2).unit == "epoch"

@@ -17,6 +17,7 @@ from support.training import Regression, batches, trainer
 
 from lightning_sgd import MaSS, RankMonitor
 from lightning_sgd.callbacks._monitoring.monitor import Monitor
+from lightning_sgd.callbacks.rank_monitor.heat_map import MAX_LABELS, draw_heat_map
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5, weight_decay=0.05)
 
@@ -334,6 +335,19 @@ def test_the_heat_map_goes_to_the_folder_and_to_tensorboard(tmp_path, caplog):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["images"] == ["rank/heat_map"]
     assert {"rank/rank_0.001", "rank/stable_rank"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("num", "labels"), [(1, 1), (MAX_LABELS, MAX_LABELS), (MAX_LABELS + 1, 31), (3000, MAX_LABELS)]
+)
+def test_a_heat_map_of_many_matrices_names_some_of_them(num, labels):
+    # matplotlib lays out every label: of 3000 matrices that took a minute, and the picture was 840 inches high.
+    names = [f"layer {index}" for index in range(num)]
+    axes = draw_heat_map("rank", names, [0, 5], torch.rand(2, num)).axes[0]
+    places = [round(place) for place in axes.get_yticks()]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [names[at] for at in places]
+    assert len(places) == labels
+    assert axes.figure.get_figheight() <= 40
 
 
 def test_a_module_without_matrices_is_refused(tmp_path):
