@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lightning_sgd import get_aggregator
 from lightning_sgd.functional.distributed.traffic import all_reduce_traffic, send_traffic
-from lightning_sgd.strategies._base.gradient_replica import GradientReplica
+from lightning_sgd.strategies._base.replica import GradientReplica
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
 from lightning_sgd.strategies.byzantine.sharded_rule import Rejected, ShardedRule

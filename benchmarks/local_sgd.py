@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sgd import GossipPGAStrategy, LocalSGDStrategy, OverlapLocalSGDStrategy
 from lightning_sgd.functional.distributed.traffic import all_reduce_traffic
-from lightning_sgd.strategies._base.sigterm import listen_for_sigterm_every
+from lightning_sgd.strategies._base.unwrapped import listen_for_sigterm_every
 
 WARM_UP = 10
 SELDOM = 100

@@ -17,10 +17,10 @@ from lightning_sgd.callbacks._monitoring.gradient_collector import GradientColle
 from lightning_sgd.callbacks._monitoring.gradient_monitor import GradientMonitor
 from lightning_sgd.callbacks._monitoring.history import TimeSeries
 from lightning_sgd.functional.noise.gaussian_null import TestName
-from lightning_sgd.functional.noise.gaussianity_settings import GaussianitySettings
 from lightning_sgd.functional.noise.gradient_gaussianity import (
     MIN_GRADIENTS,
     GaussianityResult,
+    GaussianitySettings,
     gradient_gaussianity,
 )
 from lightning_sgd.functional.noise.normality_tests import MAX_SAMPLES

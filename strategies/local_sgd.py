@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.functional.distributed.local_sgd import PeriodSchedule, RunningMean
 from lightning_sgd.strategies._base.common_model import BufferPolicy, OptimizerStatePolicy
-from lightning_sgd.strategies._base.gradients import average_gradients, describe_warm_up
 from lightning_sgd.strategies._base.parameter_averaging import (
     InitialWeights,
     ParameterAveragingStrategy,
     StartMethod,
+    average_gradients,
+    describe_warm_up,
 )
 from lightning_sgd.strategies._base.replica import Replica
 
@@ -66,6 +67,12 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
         Prateek Jain, Sham M. Kakade, Rahul Kidambi, Praneeth Netrapalli, Aaron Sidford. Parallelizing Stochastic
         Gradient Descent for Least Squares Regression. JMLR 18, 2018 (one-shot averaging of tails).
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "comm/bytes_per_step",
+        "comm/messages_per_step",
+        "comm/blocked_seconds_per_step",
+    )
 
     def __init__(
         self,

@@ -20,8 +20,11 @@ from lightning_sgd.callbacks.communication_monitor.traffic_source import (
     TrafficSource,
     find_source,
 )
-from lightning_sgd.functional.distributed.consensus import consensus_distance
-from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers, distance
+from lightning_sgd.functional.distributed.flat_buffers import (
+    FlatBuffers,
+    consensus_distance,
+    distance,
+)
 from lightning_sgd.functional.distributed.traffic import Traffic, blocked_share
 
 COUNTS = "bytes_per_step", "messages_per_step", "blocked_seconds_per_step"

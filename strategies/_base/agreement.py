@@ -1,4 +1,4 @@
-"""Whether equal replicas are still equal, found out by a few bytes, and made so again."""
+"""Compare the weights of all ranks by fingerprints, at the start and during training."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from collections.abc import Sequence
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sgd.functional.distributed.flat_gradients import short_hash
+from lightning_sgd._validation import Words, expect
 from lightning_sgd.functional.robust.robust_statistics import majority
 from lightning_sgd.strategies._base.replica import put_back
-from lightning_sgd.strategies._base.requirements import content
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
-from lightning_sgd.strategies._comm.collectives import Purpose
+from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
 from lightning_sgd.strategies._comm.failures import ExchangeError
+from lightning_sgd.strategies._comm.fingerprints import fingerprint
 
 
-def hash_of_weights(module: torch.nn.Module) -> int:
-    """63 bits that change when any bit of a parameter does.
-
-    Args:
-        module: On any device.
-    """
-    return short_hash(b"".join(content(param) for param in module.parameters()))
+def verify_equal_weights(exchange: Collectives, module: torch.nn.Module) -> None:
+    """Raise if ranks start from different parameters or buffers, by a few bytes each."""
+    state = module.state_dict().values()
+    mine = fingerprint(value for value in state if isinstance(value, Tensor))
+    prints = exchange.gather_everywhere(mine)
+    others = [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]
+    remedy = "Call `seed_everything` before the model is made, or set initial_weights='broadcast'."
+    got = Words(f"others on ranks {others}")
+    expect(not others, "initial_weights", "the same on all ranks", got, remedy)
 
 
 def agree_on_weights(
@@ -36,9 +39,9 @@ def agree_on_weights(
     """Compare the weights of all ranks, and give those of the majority to the others.
 
     Args:
-        exchange: Between the ranks.
-        module: With its weights.
-        optimizers: Train them; whoever gets weights gets their states too.
+        exchange: Connects all ranks, which must call this together.
+        module: Its parameters are compared.
+        optimizers: Their states are sent along with the weights.
         step: Optimizer steps so far.
 
     Returns:
@@ -47,7 +50,7 @@ def agree_on_weights(
     Raises:
         ExchangeError: If no weights have a majority.
     """
-    words = exchange.trade({}, {}, [hash_of_weights(module)], Purpose.WEIGHTS, step)
+    words = exchange.trade({}, {}, [fingerprint(module.parameters())], Purpose.WEIGHTS, step)
     prints = [number for number, _ in words]
     usual = majority(prints)
     if usual is None:
@@ -55,14 +58,14 @@ def agree_on_weights(
             f"The ranks have different weights after step {step}, and none are those of a majority. Start again from "
             "the last checkpoint; different hardware or libraries may compute different bits."
         )
-    strayed = [rank for rank, number in enumerate(prints) if number != usual]
-    if strayed:
+    diverged = [rank for rank, number in enumerate(prints) if number != usual]
+    if diverged:
         rank_zero_warn(
-            f"Ranks {strayed} had other weights than the majority after step {step}, and get theirs. Look at their "
+            f"Ranks {diverged} had other weights than the majority after step {step}, and get theirs. Look at their "
             "memory, hardware and versions."
         )
         _copy_from(exchange, prints.index(usual), module, optimizers)
-    return strayed
+    return diverged
 
 
 def _copy_from(

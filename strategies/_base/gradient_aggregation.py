@@ -15,9 +15,8 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.strategies._base import checkpoint_format as checkpoints
 from lightning_sgd.strategies._base.agreement import agree_on_weights
-from lightning_sgd.strategies._base.gradient_replica import GradientReplica
-from lightning_sgd.strategies._base.replica import Replica
-from lightning_sgd.strategies._base.shared_buffers import BufferRule, SharedBuffers
+from lightning_sgd.strategies._base.common_model import BufferRule, SharedBuffers
+from lightning_sgd.strategies._base.replica import GradientReplica, Replica
 from lightning_sgd.strategies._base.unwrapped import InitialWeights, StartMethod, UnwrappedStrategy
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Collectives

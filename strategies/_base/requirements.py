@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
-import torch
-from lightning.pytorch import LightningModule
 from torch.nn import SyncBatchNorm
 
 from lightning_sgd._validation import expect
@@ -15,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lightning_sgd.strategies._base.unwrapped import UnwrappedStrategy
-    from lightning_sgd.strategies._comm.collectives import Collectives
 
 # By name: importing them takes longer than importing this package.
 WRAPPERS = ("FullyShardedDataParallel", "DistributedDataParallel", "DeepSpeedEngine")
@@ -52,40 +48,3 @@ def refuse_unsupported(strategy: UnwrappedStrategy) -> None:
 
 def _named(things: Iterable[object], names: Sequence[str]) -> list[str]:
     return [type(thing).__name__ for thing in things if type(thing).__name__ in names]
-
-
-def verify_equal_weights(exchange: Collectives, module: LightningModule) -> None:
-    """Raise if ranks have different weights, by a few bytes each.
-
-    Args:
-        exchange: Between the ranks.
-        module: With its weights.
-    """
-    prints = exchange.gather_everywhere(fingerprint(module))
-    others = [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]
-    remedy = "Call `seed_everything` before the model is made, or set initial_weights='broadcast'."
-    expect(not others, "initial_weights", "the same on all ranks", f"others on {others}", remedy)
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """Changes when any bit of parameters or buffers does.
-
-    Args:
-        module: On any device.
-    """
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(content(tensor))
-    return digest.hexdigest()
-
-
-def content(tensor: torch.Tensor) -> bytes:
-    """All bits of a tensor.
-
-    Args:
-        tensor: On any device.
-    """
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    array: bytes = flat.view(torch.uint8).numpy().tobytes()
-    return array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -16,10 +17,10 @@ from torch.optim import Optimizer
 from lightning_sgd._run_log import announce
 from lightning_sgd._validation import expect, warn_no_effect
 from lightning_sgd.functional.distributed.traffic import Traffic, all_reduce_traffic
+from lightning_sgd.strategies._base.agreement import verify_equal_weights
 from lightning_sgd.strategies._base.rank_checkpoints import RankCheckpoints
 from lightning_sgd.strategies._base.replica import Replica
-from lightning_sgd.strategies._base.requirements import refuse_unsupported, verify_equal_weights
-from lightning_sgd.strategies._base.sigterm import listen_for_sigterm_every
+from lightning_sgd.strategies._base.requirements import refuse_unsupported
 from lightning_sgd.strategies._comm.collectives import Collectives
 from lightning_sgd.strategies._comm.failures import ExchangeError, is_failed_exchange
 
@@ -276,3 +277,27 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
             f"({gradients / 1e6:.3g} MB if gradients were exchanged in every step), waited {traffic.seconds:.2f} s for "
             "the other ranks."
         )
+
+
+HOOK = "_broadcast_sigterm_tensor"
+
+
+def listen_for_sigterm_every(num_batches: int, trainer: Trainer) -> None:
+    """Let Lightning broadcast the flag before every so many batches; always on all ranks alike.
+
+    Args:
+        num_batches: 1 is Lightning's own behaviour; 0 for never.
+        trainer: Only this one is changed.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop.__dict__.pop(HOOK, None)
+    check = getattr(loop, HOOK, None)
+    if check is None or num_batches == 1:
+        return
+    batches = count(1)
+
+    def seldom() -> None:
+        if num_batches and next(batches) % num_batches == 0:
+            check()
+
+    setattr(loop, HOOK, seldom)

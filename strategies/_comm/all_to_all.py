@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_sgd.functional.distributed.flat_gradients import short_hash
 from lightning_sgd.functional.distributed.traffic import all_reduce_traffic, send_traffic
 from lightning_sgd.strategies._comm.collectives import Collectives, Purpose, place
 from lightning_sgd.strategies._comm.failures import ExchangeError, different_places
+from lightning_sgd.strategies._comm.fingerprints import short_hash
 from lightning_sgd.strategies._comm.in_flight import InFlight, start_letters
 
 DIRECT_BYTES = 2**14

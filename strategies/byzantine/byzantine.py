@@ -8,16 +8,16 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sgd._validation import expect, warn_outside_intended_use
 from lightning_sgd.aggregation import Aggregator, Attack, get_aggregator
+from lightning_sgd.strategies._base.common_model import BufferRule
 from lightning_sgd.strategies._base.gradient_aggregation import GradientAggregationStrategy, Workers
-from lightning_sgd.strategies._base.gradient_replica import GradientReplica
-from lightning_sgd.strategies._base.shared_buffers import BufferRule
+from lightning_sgd.strategies._base.replica import GradientReplica
 from lightning_sgd.strategies._base.unwrapped import InitialWeights, StartMethod
 from lightning_sgd.strategies._comm.collectives import Purpose
 from lightning_sgd.strategies.byzantine.robust_reduce import RobustReduce
@@ -86,6 +86,12 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         Sai Praneeth Karimireddy, Lie He, Martin Jaggi. Learning from History for Byzantine Robust Optimization.
         ICML 2021 (worker momentum).
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "comm/bytes_per_step",
+        "comm/messages_per_step",
+        "comm/blocked_seconds_per_step",
+    )
 
     def __init__(
         self,

@@ -9,11 +9,10 @@ from typing import TypeAlias
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sgd.functional.distributed.flat_gradients import short_hash
 from lightning_sgd.functional.robust.robust_statistics import majority
-from lightning_sgd.strategies._base.requirements import content
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
+from lightning_sgd.strategies._comm.fingerprints import fingerprint
 
 
 def pair(number: int, num_ranks: int) -> tuple[int, int]:
@@ -116,4 +115,4 @@ class ShardAudit:
 
 
 def _hash(tensor: Tensor) -> int:
-    return short_hash(content(tensor))
+    return fingerprint([tensor])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect
 from lightning_sgd.aggregation import Attack
-from lightning_sgd.functional.distributed.flat_gradients import short_hash
+from lightning_sgd.strategies._comm.fingerprints import short_hash
 
 
 class Drill:

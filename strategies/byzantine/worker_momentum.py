@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgd.functional.robust.robust_statistics import worker_momentum
-from lightning_sgd.strategies._base.gradient_replica import GradientReplica
+from lightning_sgd.strategies._base.replica import GradientReplica
 
 
 class WorkerMomenta:

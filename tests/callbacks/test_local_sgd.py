@@ -19,7 +19,7 @@ from lightning_sgd.callbacks.communication_monitor.communication_monitor import 
     traffic_table,
 )
 from lightning_sgd.callbacks.communication_monitor.traffic_source import find_source
-from lightning_sgd.functional.distributed.consensus import consensus_distance
+from lightning_sgd.functional.distributed.flat_buffers import consensus_distance
 from lightning_sgd.functional.distributed.traffic import Traffic, blocked_share
 
 pytestmark = pytest.mark.timeout(60)

@@ -13,7 +13,7 @@ from support.processes import run_ranks
 
 from lightning_sgd.aggregation import Mean, SignFlip, get_aggregator
 from lightning_sgd.functional.distributed.traffic import all_reduce_traffic
-from lightning_sgd.strategies._base.gradient_replica import GradientReplica
+from lightning_sgd.strategies._base.replica import GradientReplica
 from lightning_sgd.strategies._comm.all_to_all import DIRECT_BYTES, AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
 from lightning_sgd.strategies._comm.failures import ExchangeError

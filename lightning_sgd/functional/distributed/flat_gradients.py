@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import Words, expect
 from lightning_sgd.functional.distributed.flat_buffers import accumulation_dtype, real, unique
 
 
@@ -156,29 +155,4 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 def _check_dense(gradients: Iterable[Tensor | None]) -> None:
     dense = not any(grad is not None and grad.is_sparse for grad in gradients)
     remedy = "Set sparse=False in the embedding."
-    expect(dense, "gradients", "dense where they are aggregated", "a sparse one", remedy)
-
-
-def layout(named: Iterable[tuple[str, Tensor]]) -> int:
-    """A number of 63 bits that changes with names, shapes, types and order.
-
-    Args:
-        named: Names and tensors.
-
-    Example:
-        >>> layout([("weight", torch.ones(2))]) == layout([("weight", torch.zeros(2))])
-        True
-        >>> layout([("weight", torch.ones(2))]) == layout([("weight", torch.ones(2, 1))])
-        False
-    """
-    text = ";".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in named)
-    return short_hash(text.encode())
-
-
-def short_hash(content: bytes) -> int:
-    """63 bits of SHA-256, which fit into a tensor of integers.
-
-    Args:
-        content: Anything.
-    """
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
+    expect(dense, "gradients", "dense where they are aggregated", Words("a sparse one"), remedy)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sgd.functional.distributed.flat_gradients import FlatGradients, layout, short_hash
+from lightning_sgd.functional.distributed.flat_gradients import FlatGradients
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=5)
 DTYPES = st.lists(
@@ -90,16 +90,3 @@ def test_sparse_gradients_are_refused_with_the_setting_to_change():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="Set sparse=False in the embedding"):
         FlatGradients([table.weight], 1).pack()
-
-
-def test_the_layout_tells_names_shapes_types_and_order_apart():
-    a, b = torch.zeros(2), torch.zeros(3)
-    usual = layout([("a", a), ("b", b)])
-    others = [
-        [("a", a), ("c", b)],
-        [("b", b), ("a", a)],
-        [("a", a), ("b", b[:, None])],
-        [("a", a), ("b", b.double())],
-    ]
-    assert usual not in [layout(other) for other in others]
-    assert 0 <= short_hash(b"x") < 2**63
