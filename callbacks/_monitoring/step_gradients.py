@@ -62,7 +62,7 @@ class StepGradients:
         """Return the reason why nothing can be recorded in this training; ``None`` if there is none."""
         if not pl_module.automatic_optimization:
             return (
-                "in manual optimization nobody knows which backward passes belong to one step; take source='extra' "
+                "in manual optimization it is not known which backward passes belong to one step; take source='extra' "
                 "with `loss_fn`"
             )
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):

@@ -484,7 +484,7 @@ def lbfgs(params):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (lambda: TwoOptimizers(sgd), "in manual optimization nobody knows which backward passes"),
+        (lambda: TwoOptimizers(sgd), "in manual optimization it is not known which backward"),
         (lambda: Regression(lbfgs), "LBFGS takes several gradients at different points"),
     ],
 )
