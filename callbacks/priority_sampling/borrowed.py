@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_sgd.callbacks._monitoring.extra_batches import measuring
+from lightning_sgd.callbacks._monitoring.extra_batches import side_effect_free
 
 
 class PatchedAttributes:
@@ -68,7 +68,7 @@ def replace_train_dataloader(
 @contextmanager
 def side_effect_free_eval(module: LightningModule) -> Iterator[None]:
     """Evaluate without gradients, and restore what a training step changes: buffers, statistics; logs are dropped."""
-    with measuring(module, train_mode=False), torch.no_grad():
+    with side_effect_free(module, train_mode=False), torch.no_grad():
         yield
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_sgd._distributed import gather_numbers
 from lightning_sgd._run_log import announce, log_metrics, logger_names
 from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd.callbacks._monitoring.figures import publish_if_possible
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
     PatchedAttributes,
     replace_train_dataloader,
@@ -26,7 +27,6 @@ from lightning_sgd.callbacks.priority_sampling.settings import (
     refuse_unsupported,
     warn_of_settings,
 )
-from lightning_sgd.callbacks.rank_monitor.heat_map import publish_if_possible
 from lightning_sgd.functional.sampling.priority_sampling import (
     WeightNorm,
     annealed,

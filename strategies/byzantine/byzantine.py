@@ -154,6 +154,10 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         audit = f", audited every {self.audit_every} steps" if self.audit_every else ""
         return f"whose gradients{momentum} from {units[self.workers]} {self.rule!r} combines{audit}{who}"
 
+    def request_distances(self, wanted: bool) -> None:
+        """Measure in the steps from now on how far each worker's gradient is from the result, or stop to."""
+        self.measures_distances = wanted
+
     @property
     def reports(self) -> list[StepReport]:
         """What the rule made of the last step, by optimizer."""
