@@ -34,7 +34,7 @@ from lightning_sgd.functional.distributed.traffic import all_reduce_traffic, sen
 from lightning_sgd.strategies._base.replica import GradientReplica
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
-from lightning_sgd.strategies.byzantine.sharded_rule import Rejected, ShardedRule
+from lightning_sgd.strategies.byzantine.sharded_rule import NoResult, ShardedRule
 
 RULES = ("mean", "filter", "median", "trmean", "geomed", "mda", "nnm+trmean")
 Step = Callable[[], None]
@@ -80,10 +80,10 @@ class Bench:
         def step() -> None:
             replica, exchange = self.replica, self.exchange
             replica.pack(1.0, absent=False)
-            columns, words = replica.scatter(exchange, replica.gradients.rows)
-            absent = [num_absent for _, num_absent in words]
+            columns, metadata = replica.scatter(exchange, replica.gradients.rows)
+            absent = [num_absent for _, num_absent in metadata]
             plan = rule.decide(columns, absent, None, exchange, 0)
-            assert not isinstance(plan, Rejected)
+            assert not isinstance(plan, NoResult)
             result: Tensor = replica.gather(exchange, rule.carry_out(plan, columns, None))
             replica.gradients.unpack(result, replica.gradients.used)
             replica.clear()
@@ -98,7 +98,7 @@ class Bench:
 
     def sums(self) -> None:
         """The second alone: what the plan is made from, as few numbers as messages can have."""
-        self.exchange.total(torch.zeros(20, dtype=torch.float64), Purpose.GRADIENTS, 0)
+        self.exchange.all_reduce_sum(torch.zeros(20, dtype=torch.float64), Purpose.GRADIENTS, 0)
 
     def results(self) -> None:
         """The third alone: everybody gets what the others have made."""

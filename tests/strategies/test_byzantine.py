@@ -656,8 +656,7 @@ def test_it_says_what_it_does():
     strategy = byzantine("nnm+krum", 2, worker_momentum=0.9, audit_every=5,
                          attack=SignFlip(), byzantine_ranks=[1, 0])  # fmt: skip
     assert strategy.describe() == (
-        "whose gradients with momentum 0.9 from ranks NNM() + Krum(num_byzantine=2) combines, audited every 5 steps, "
-        "while [1, 0] attack on purpose"
+        "combined with momentum 0.9 by NNM() + Krum(num_byzantine=2), audited every 5 steps, attacked on purpose by [1, 0]"
     )
 
 
@@ -672,8 +671,8 @@ def test_it_says_what_it_does():
         ({"nonfinite": "keep"}, "Expected `nonfinite` to be 'drop' or 'raise'"),
         ({"buffers": "mode"}, "Expected `buffers` to be one of median"),
         ({"audit_every": -1}, "Expected `audit_every` to be at least 0"),
-        ({"attack": SignFlip()}, "A drill needs an attack and who carries it out"),
-        ({"byzantine_ranks": [1]}, "A drill needs an attack and who carries it out"),
+        ({"attack": SignFlip()}, "A simulated attack needs both `attack` and `byzantine_ranks`"),
+        ({"byzantine_ranks": [1]}, "A simulated attack needs both `attack` and `byzantine_ranks`"),
         ({"sigterm_every_n_batches": -1}, "Expected `sigterm_every_n_batches` to be at least 0"),
     ],
 )

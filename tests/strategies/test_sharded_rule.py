@@ -19,11 +19,11 @@ from lightning_sgd.strategies._comm.collectives import Purpose
 from lightning_sgd.strategies._comm.failures import ExchangeError
 from lightning_sgd.strategies.byzantine.shard_audit import ShardAudit, pair
 from lightning_sgd.strategies.byzantine.sharded_rule import (
-    Rejected,
+    NoResult,
     ShardedRule,
     squared_distances_from,
 )
-from lightning_sgd.strategies.byzantine.simulated_attack import Drill
+from lightning_sgd.strategies.byzantine.simulated_attack import SimulatedAttack
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -56,7 +56,7 @@ def combine(ours, sharded, gradient):
     columns, words = mine.scatter(ours, mine.gradients.rows)
     previous = sharded.part_of_previous(mine.gradients, ours.rank)
     plan = sharded.decide(columns, [absent for _, absent in words], previous, ours, 0)
-    assert not isinstance(plan, Rejected), plan
+    assert not isinstance(plan, NoResult), plan
     result = mine.gather(ours, sharded.carry_out(plan, columns, previous))
     sharded.remember(result)
     return result[: len(gradient)]
@@ -191,7 +191,9 @@ def test_sums_are_the_same_bits_on_all_ranks_whichever_way_they_go(tmp_path):
         generator = torch.Generator().manual_seed(rank)
         ours = exchange()
         return [
-            ours.total(torch.randn(d, generator=generator, dtype=torch.float64), Purpose.STATE, 0)
+            ours.all_reduce_sum(
+                torch.randn(d, generator=generator, dtype=torch.float64), Purpose.STATE, 0
+            )
             for d in lengths
         ]
 
@@ -215,7 +217,7 @@ def test_ranks_that_trade_different_things_are_told(tmp_path, purposes, layouts,
         tensor = torch.zeros(1000 * layouts[rank])
         send, receive = dict.fromkeys(range(2), tensor), {0: tensor.clone(), 1: tensor.clone()}
         try:
-            exchange().trade(send, receive, [], purposes[rank], 3, layout=layouts[rank])
+            exchange().all_to_all(send, receive, [], purposes[rank], 3, layout=layouts[rank])
         except ExchangeError as error:
             torch.distributed.init_process_group(
                 "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
@@ -284,20 +286,20 @@ def test_an_attack_that_knows_whole_rows_is_refused_between_ranks():
     from lightning_sgd.aggregation import MinMax
 
     with pytest.raises(ValueError, match="Try it with micro-batches as workers on one device"):
-        Drill(MinMax(), [0], num_ranks=2)
-    Drill(MinMax(), [0], num_ranks=1)
+        SimulatedAttack(MinMax(), [0], num_ranks=2)
+    SimulatedAttack(MinMax(), [0], num_ranks=1)
 
 
 def test_drills_replace_the_rows_of_attackers_alone():
     rows = torch.arange(12.0).view(6, 2)  # three ranks with two micro-batches each
-    drilled = Drill(SignFlip(omniscient=True), [1], 3).in_columns(rows, part=0, step=0)
+    drilled = SimulatedAttack(SignFlip(omniscient=True), [1], 3).on_columns(rows, shard=0, step=0)
     honest = torch.cat([rows[:2], rows[4:]])
     assert torch.equal(drilled[[0, 1, 4, 5]], honest)
     assert torch.equal(drilled[2:4], -honest.mean(dim=0).expand(2, -1))
-    at_home = Drill(SignFlip(), [1], 3)
-    assert torch.equal(at_home.at_home(rows, 1, 0), -rows)
-    assert at_home.at_home(rows, 0, 0) is rows
-    assert at_home.in_columns(rows, 0, 0) is rows
+    honest_sender = SimulatedAttack(SignFlip(), [1], 3)
+    assert torch.equal(honest_sender.on_sender(rows, 1, 0), -rows)
+    assert honest_sender.on_sender(rows, 0, 0) is rows
+    assert honest_sender.on_columns(rows, 0, 0) is rows
 
 
 def test_too_many_broken_rows_are_rejected_or_dropped():
@@ -305,7 +307,7 @@ def test_too_many_broken_rows_are_rejected_or_dropped():
     rows[:2] = math.nan
     strict, lenient = (ShardedRule(Mean(1), drops_more=more) for more in (False, True))
     rejected = strict.decide(rows, [0], None, None, 0)
-    assert isinstance(rejected, Rejected)
+    assert isinstance(rejected, NoResult)
     assert rejected.faulty == [0, 1]
     plan = lenient.decide(rows, [0], None, None, 0)
     assert torch.equal(lenient.carry_out(plan, rows, None), torch.ones(3))
@@ -320,5 +322,5 @@ def test_absent_rows_do_not_count_as_faulty():
     assert torch.equal(sharded.carry_out(plan, rows, None), torch.ones(3))
     assert (sharded.report.absent, sharded.report.dropped) == ((0,), ())
     few = sharded.decide(rows[:3], [1, 0, 0], None, None, 0)  # of two workers none may be faulty
-    assert isinstance(few, Rejected)
+    assert isinstance(few, NoResult)
     assert "have no gradient, and the others are too few" in few.reason
