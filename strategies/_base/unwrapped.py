@@ -265,7 +265,8 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         if every == 0 or traffic.num_steps % every:
             return
-        values = {**(traffic - self._logged).per_step(), **self.own_metrics()}
+        rates = (traffic - self._logged).per_step()
+        values = {f"comm/{name}": rate for name, rate in rates.items()} | self.own_metrics()
         self._logged = traffic - Traffic()
         log_metrics(trainer, values, num_uncounted=1)
 
