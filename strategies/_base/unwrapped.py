@@ -2,36 +2,36 @@
 
 Hooks of a subclass. "Ranks" says whether all ranks call a hook together, so that it may communicate.
 
-==============================  ==============================  =================================================  =====
-Hook                            Called by                       When                                               Ranks
-==============================  ==============================  =================================================  =====
-``make_exchange``               ``setup``                       process groups are created                         all
-``begin``                       ``setup``                       the optimizers exist                               all
-``make_common_model``           ``begin``                       the replicas exist                                 all
-``describe``                    ``on_train_start``              the start message is written                       each
-``on_train_start``              Lightning                       the first batch is next                            all
-``on_train_batch_start``        Lightning                       a batch is next                                    all
-``mark_diverged``               ``on_train_batch_start``        a batch is next, or a checkpoint has been loaded   each
-``training_step``               Lightning                       the loss of a batch is computed                    each
-``post_backward``               Lightning                       the gradients of a batch have been added up        each
-``before_step``                 ``optimizer_step``              gradients are complete, still scaled and unclipped  all
-``after_step``                  ``optimizer_step``              the optimizer has stepped                          all
-``own_metrics``                 ``optimizer_step``              metrics are logged                                 each
-``on_validation_start``         Lightning                       validation is next                                 all
-``on_validation_end``           Lightning                       validation is over                                 all
-``model_to_average``            ``common_model``                the common model is made                           all
-``lightning_module_state_dict``  Lightning                      a checkpoint is collected                          all
-``rank_state``                  ``save_checkpoint``             a checkpoint is written                            all
-``own_state``                   ``save_checkpoint``             a checkpoint is written                            all
-``shared_state``                ``save_checkpoint``             a checkpoint is written                            each
-``average_over_ranks``          ``save_checkpoint``             a callback has replaced the weights to be saved    all
-``load_shared_state``           ``load_optimizer_state_dict``   a checkpoint is loaded                             all
-``load_own_state``              ``load_optimizer_state_dict``   it has a state for each rank                       all
-``start_from_common``           ``load_optimizer_state_dict``   it has not: it is of another number of ranks       all
-``finalize``                    ``on_train_end``                training is over                                   all
-``close``                       ``on_exception``                this rank has failed, or noticed a failure         each
-``teardown``                    Lightning                       the trainer is done                                each
-==============================  ==============================  =================================================  =====
+===============================  =============================  ============================================  =====
+Hook                             Called by                      When                                          Ranks
+===============================  =============================  ============================================  =====
+``make_exchange``                ``setup``                      process groups are created                    all
+``begin``                        ``setup``                      the optimizers exist                          all
+``make_common_model``            ``begin``                      the replicas exist                            all
+``describe``                     ``on_train_start``             the start message is written                  each
+``on_train_start``               Lightning                      the first batch is next                       all
+``on_train_batch_start``         Lightning                      a batch is next                               all
+``mark_diverged``                ``on_train_batch_start``       a batch is next, or a checkpoint was loaded   each
+``training_step``                Lightning                      the loss of a batch is computed               each
+``post_backward``                Lightning                      the gradients of a batch have been added up   each
+``before_step``                  ``optimizer_step``             gradients are complete, scaled and unclipped  all
+``after_step``                   ``optimizer_step``             the optimizer has stepped                     all
+``own_metrics``                  ``optimizer_step``             metrics are logged                            each
+``on_validation_start``          Lightning                      validation is next                            all
+``on_validation_end``            Lightning                      validation is over                            all
+``model_to_average``             ``common_model``               the common model is made                      all
+``lightning_module_state_dict``  Lightning                      a checkpoint is collected                     all
+``rank_state``                   ``save_checkpoint``            a checkpoint is written                       all
+``own_state``                    ``save_checkpoint``            a checkpoint is written                       all
+``shared_state``                 ``save_checkpoint``            a checkpoint is written                       each
+``average_over_ranks``           ``save_checkpoint``            a callback replaced the weights to be saved   all
+``load_shared_state``            ``load_optimizer_state_dict``  a checkpoint is loaded                        all
+``load_own_state``               ``load_optimizer_state_dict``  it has a state for each rank                  all
+``start_from_common``            ``load_optimizer_state_dict``  it has not: it is of another number of ranks  all
+``finalize``                     ``on_train_end``               training is over                              all
+``close``                        ``on_exception``               this rank has failed, or noticed a failure    each
+``teardown``                     Lightning                      the trainer is done                           each
+===============================  =============================  ============================================  =====
 """
 
 from __future__ import annotations
