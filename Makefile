@@ -8,7 +8,7 @@ EXAMPLES := $(sort $(wildcard examples/*.yaml))
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench netlab examples build clean
+.PHONY: help demo check test lint docs oldest bench netlab examples build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: $(VENV)/.run ## Train on real data, on 2 ranks with Local SGD, watch the r
 	$(BIN)/lightning-sgd fit --config examples/local_sgd.yaml --trainer.callbacks+=RankMonitor --test_after_fit true
 	$(BIN)/lightning-sgd report runs/local_sgd
 
+check: lint ## Check style and types and run the quick tests, in 3 minutes: while you work
+	$(BIN)/python -m pytest -m "not slow and not ranks"
+
 test: $(VENV)/.dev ## Run every test
 	$(BIN)/python -m pytest
 
@@ -45,19 +48,8 @@ examples: $(VENV)/.dev ## Run every example
 	$(BIN)/python examples/run_all.py
 
 bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run each, several minutes
-	$(BIN)/python benchmarks/optimizers.py
-	$(BIN)/python benchmarks/optimizers.py --method novograd
-	$(BIN)/python benchmarks/optimizers.py --method tra
-	$(BIN)/python benchmarks/rank.py
-	$(BIN)/python benchmarks/tail_index.py
-	$(BIN)/python benchmarks/gradient_sources.py
-	$(BIN)/python benchmarks/gradient_gaussianity.py
-	$(BIN)/python benchmarks/monitors.py
-	$(BIN)/python benchmarks/local_sgd.py
-	$(BIN)/python benchmarks/byzantine.py
-	$(BIN)/python benchmarks/lr_schedulers.py
-	$(BIN)/python benchmarks/aggregation.py
-	$(BIN)/python benchmarks/priority_sampling.py
+	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
+	for method in novograd tra; do $(BIN)/python benchmarks/optimizers.py --method $$method || exit 1; done
 
 netlab: $(VENV)/.dev ## Compare strategies on hosts with slow links, in network namespaces (Linux, root), half an hour
 	$(BIN)/python -m benchmarks.netlab

@@ -40,7 +40,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_sgd import RankMonitor
-from lightning_sgd.functional.spectra.rank_collapse import spectral_stats_of
+from lightning_sgd.functional.spectra.spectral_stats import spectral_stats_of
 from lightning_sgd.functional.spectra.weight_matrices import find_weight_matrices
 
 BASELINE = "svdvals, layer by layer"

@@ -6,8 +6,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_sgd.functional.noise.gaussianity_settings import GaussianitySettings
-from lightning_sgd.functional.noise.gradient_gaussianity import GaussianityResult
+from lightning_sgd.functional.noise.gradient_gaussianity import (
+    GaussianityResult,
+    GaussianitySettings,
+)
 
 _BEGIN = {
     "Gaussian": "nothing speaks against Gaussian noise in",

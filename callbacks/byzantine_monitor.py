@@ -6,7 +6,7 @@ import math
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
@@ -56,6 +56,13 @@ class ByzantineMonitor(Monitor):
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[ByzantineMonitor(alarm_share=0.3)], logger=False)
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "byzantine/weight/*",
+        "byzantine/distance/*",
+        "byzantine/rejected/*",
+        "byzantine/num_rejected",
+    )
 
     def __init__(
         self,

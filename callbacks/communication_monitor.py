@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,14 @@ class CommunicationMonitor(Monitor):
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[CommunicationMonitor(every_n_steps=25)], logger=False)
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "communication/bytes_per_step",
+        "communication/messages_per_step",
+        "communication/blocked_seconds_per_step",
+        "communication/blocked_share",
+        "communication/consensus_distance",
+    )
 
     def __init__(
         self,

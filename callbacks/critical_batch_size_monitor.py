@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -79,6 +79,15 @@ class CriticalBatchSizeMonitor(GradientMonitor):
         Gradient Descent for Least Squares Regression. JMLR 18, 2018. For networks: Sam McCandlish, Jared Kaplan,
         Dario Amodei, OpenAI Dota Team. An Empirical Model of Large-Batch Training. arXiv 1812.06162, 2018.
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "critical_batch_size/noise_scale",
+        "critical_batch_size/low",
+        "critical_batch_size/high",
+        "critical_batch_size/noise_trace",
+        "critical_batch_size/gradient_sq",
+        "critical_batch_size/noise_scale/*",
+    )
 
     times: list[int]
     values: dict[str, list[float]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,9 +17,9 @@ from lightning_sgd.callbacks._gaussianity_history import GaussianityHistory
 from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector, GradientSource
 from lightning_sgd.callbacks._monitoring.gradient_monitor import GradientMonitor
 from lightning_sgd.functional.noise.gaussian_null import TestName
-from lightning_sgd.functional.noise.gaussianity_settings import GaussianitySettings
 from lightning_sgd.functional.noise.gradient_gaussianity import (
     MIN_GRADIENTS,
+    GaussianitySettings,
     gradient_gaussianity,
 )
 from lightning_sgd.functional.noise.normality_tests import MAX_SAMPLES
@@ -89,6 +89,23 @@ class GaussianityMonitor(GradientMonitor):
         Abhishek Panigrahi, Raghav Somani, Navin Goyal, Praneeth Netrapalli. Non-Gaussianity of Stochastic Gradient
         Noise. NeurIPS workshop Science meets Engineering of Deep Learning, 2019.
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "gaussianity/rejected",
+        "gaussianity/expected",
+        "gaussianity/limit",
+        "gaussianity/p_value",
+        "gaussianity/coordinate_rejected",
+        "gaussianity/coordinate_expected",
+        "gaussianity/coordinate_limit",
+        "gaussianity/coordinate_p_value",
+        "gaussianity/statistic",
+        "gaussianity/expected_statistic",
+        "gaussianity/rejected_anderson_darling",
+        "gaussianity/norm_kurtosis",
+        "gaussianity/effective_dimension",
+        "gaussianity/rejected/*",
+    )
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
@@ -67,6 +67,14 @@ class GradientErrorMonitor(Monitor):
         Bin Hu, Peter Seiler, Laurent Lessard. Analysis of Biased Stochastic Gradient Descent Using Sequential
         Semidefinite Programs. Mathematical Programming 187, 2021.
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "gradient_error/relative",
+        "gradient_error/cosine",
+        "gradient_error/delta",
+        "gradient_error/c",
+        "gradient_error/floor",
+    )
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -75,6 +75,15 @@ class TailIndexMonitor(GradientMonitor):
         Umut Şimşekli, Levent Sagun, Mert Gürbüzbalaban. A Tail-Index Analysis of Stochastic Gradient Noise in Deep
         Neural Networks. ICML, 2019.
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "tail_index/coordinate",
+        "tail_index/coordinate_error",
+        "tail_index/pooled",
+        "tail_index/pooled_shuffled",
+        "tail_index/zero_fraction",
+        "tail_index/coordinate/*",
+    )
 
     def __init__(
         self,

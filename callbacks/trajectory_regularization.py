@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_sgd._run_log import announce
 from lightning_sgd._validation import expect, is_finite_at_least
-from lightning_sgd.callbacks._stage import Stage, give_back
-from lightning_sgd.functional.optim.tra import InnerDecay
+from lightning_sgd.functional.optim.tra import (
+    InnerDecay,
+    inner_step_size,
+    next_position,
+    pull_strength,
+    regularized_gradients,
+)
 from lightning_sgd.optimizers._stages import StagedOptimizer, check_stages
 from lightning_sgd.optimizers._tensors import refuse_sharded, refuse_sparse
 
@@ -77,7 +86,7 @@ class TrajectoryRegularization(Callback):
         self.inner_lr_decay: InnerDecay = inner_lr_decay
         self.reset_each_epoch = reset_each_epoch
         self._restored: list[dict[str, Any]] | None = None
-        self._stages: list[Stage] = []
+        self._loops: list[InnerLoop] = []
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -91,16 +100,16 @@ class TrajectoryRegularization(Callback):
         )
 
     def reset_stage(self) -> None:
-        """Let the next step of every optimizer start a new stage, with an anchor where the parameters are then."""
-        for stage in self._stages:
-            stage.restart()
+        """Start a new stage at the next step of every optimizer, anchored where the parameters are then."""
+        for loop in self._loops:
+            loop.restart()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Expect a checkpoint after this, for this stage only: a test loads one too."""
+        """Discard what an earlier run restored: Lightning restores callbacks after this hook, in a test too."""
         self._restored = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot work."""
+        """Refuse staged optimizers and sharded parameters."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, StagedOptimizer):
                 raise ValueError(
@@ -111,23 +120,24 @@ class TrajectoryRegularization(Callback):
                 refuse_sharded(group["params"], "TrajectoryRegularization")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the stages up, and say what is going to happen."""
-        self._stages = [Stage(optimizer, self.lambda_w) for optimizer in trainer.optimizers]
-        for stage, state in zip(self._stages, self._restored or [], strict=False):
-            stage.load_state_dict(state)
+        """Attach an inner loop to every optimizer, restore it, and announce the settings."""
+        self._loops = [InnerLoop(optimizer, self.lambda_w) for optimizer in trainer.optimizers]
+        for loop, state in zip(self._loops, self._restored or [], strict=False):
+            loop.load_state_dict(state)
         self._restored = None
-        for stage in self._stages:
-            before, after = partial(self._before_step, stage), partial(self._after_step, stage)
+        for loop in self._loops:
+            before, after = partial(self._before_step, loop), partial(self._after_step, loop)
             self._handles += [
-                stage.optimizer.register_step_pre_hook(before),
-                stage.optimizer.register_step_post_hook(after),
+                loop.optimizer.register_step_pre_hook(before),
+                loop.optimizer.register_step_post_hook(after),
             ]
         announce(trainer, "TrajectoryRegularization", "start", self._announcement())
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start a stage, if epochs do; Lightning's hook for epochs is left out after some interruptions."""
+        """Start a stage with the first batch of an epoch if ``reset_each_epoch``."""
+        # Not in `on_train_epoch_start`, which Lightning leaves out after some interruptions.
         if self.reset_each_epoch and batch_idx == 0:
             self.reset_stage()
 
@@ -135,64 +145,170 @@ class TrajectoryRegularization(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Add the pull to the gradients."""
-        for stage in self._stages:
-            if stage.optimizer is optimizer:
+        for loop in self._loops:
+            if loop.optimizer is optimizer:
                 for group in optimizer.param_groups:
                     refuse_sparse(group["params"], "TrajectoryRegularization")
-                stage.add_pull()
+                loop.add_pull()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimizers, and say what was done."""
+        """Detach from the optimizers, and announce how many stages there were."""
         self._release()
-        steps = sum(stage.num_steps for stage in self._stages)
-        numbers = sum(stage.number + (stage.position > 0) for stage in self._stages)
-        announce(trainer, "TrajectoryRegularization", "end", f"{steps} steps in {numbers} stages.")
+        steps = sum(loop.num_steps for loop in self._loops)
+        stages = sum(loop.number + (loop.position > 0) for loop in self._loops)
+        announce(trainer, "TrajectoryRegularization", "end", f"{steps} steps in {stages} stages.")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the optimizers."""
+        """Detach from the optimizers."""
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Positions, strengths and anchors."""
+        """Return positions, strengths and anchors."""
         if self._restored is not None:
             return {"stages": list(self._restored)}
-        return {"stages": [stage.state_dict() for stage in self._stages]}
+        return {"stages": [loop.state_dict() for loop in self._loops]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as :meth:`state_dict` says, once there are optimizers."""
+        """Keep the state until the optimizers exist."""
         self._restored = list(state_dict["stages"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies begin anew: optimizers and hooks belong to one training."""
-        return {**self.__dict__, "_stages": [], "_handles": []}
+        """Leave out what belongs to one training: inner loops and hooks."""
+        return {**self.__dict__, "_loops": [], "_handles": []}
 
-    def _before_step(self, stage: Stage, *_: Any) -> None:
-        stage.lend(self.inner_lr_decay)
+    def _before_step(self, loop: InnerLoop, *_: Any) -> None:
+        loop.set_inner_lr(self.inner_lr_decay)
 
-    def _after_step(self, stage: Stage, *_: Any) -> None:
-        give_back(stage.optimizer)
-        stage.advance(self.inner_steps)
+    def _after_step(self, loop: InnerLoop, *_: Any) -> None:
+        restore_lr(loop.optimizer)
+        loop.advance(self.inner_steps)
 
     def _release(self) -> None:
-        for stage in self._stages:
-            give_back(stage.optimizer)
+        for loop in self._loops:
+            restore_lr(loop.optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _announcement(self) -> str:
-        strengths = dict.fromkeys(f"{s:g}" for stage in self._stages for s in stage.strengths)
-        params = [
-            param
-            for stage in self._stages
-            for group in stage.optimizer.param_groups
-            for param in group["params"]
-        ]
+        strengths = dict.fromkeys(f"{s:g}" for loop in self._loops for s in loop.strengths)
+        params = [param for loop in self._loops for param in loop.params]
         mebibytes = sum(param.numel() * param.element_size() for param in params) / 2**20
         decay = "falling as 1/(k + 1)" if self.inner_lr_decay == "harmonic" else "constant"
         return (
             f"stages of {self.inner_steps} optimizer steps with step sizes {decay} and a pull of strength "
             f"{', '.join(strengths)}; {mebibytes:.1f} MiB for the anchors."
         )
+
+
+class InnerLoop:
+    """The current stage of one optimizer: position, and anchors of its parameters.
+
+    Args:
+        optimizer: The optimizer.
+        lambda_w: Strength for groups that have no ``lambda_w`` of their own; ``None`` for a tenth of their step size.
+    """
+
+    def __init__(self, optimizer: Optimizer, lambda_w: float | None) -> None:
+        self.optimizer = optimizer
+        self.position, self.number, self.num_steps = 0, 0, 0
+        self.strengths = [_strength(group, lambda_w) for group in optimizer.param_groups]
+        self.anchors: list[Tensor | None] = [None] * len(self.params)
+        # The number of the stage at whose start each anchor was set.
+        self.anchored_in: list[int] = [-1] * len(self.params)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters of all groups, in order."""
+        return list(chain.from_iterable(g["params"] for g in self.optimizer.param_groups))
+
+    @torch.no_grad()
+    def add_pull(self) -> None:
+        """Set the anchors that this stage does not have yet, and add the pull towards them to the gradients."""
+        self._move_anchors()
+        if self.position == 0:
+            return
+        anchors, lrs = iter(self.anchors), scheduled_lrs(self.optimizer)
+        for group, lambda_w, lr in zip(
+            self.optimizer.param_groups, self.strengths, lrs, strict=True
+        ):
+            rows = [
+                (param, param.grad, anchor)
+                # The parameters go first: `zip` must not take an anchor from the next group.
+                for param, anchor in zip(group["params"], anchors, strict=False)
+                if param.grad is not None and anchor is not None
+            ]
+            if rows and lambda_w:
+                own, grads, targets = (list(column) for column in zip(*rows, strict=True))
+                pulled = regularized_gradients(own, grads, targets, pull_strength(lambda_w, lr))
+                torch._foreach_copy_(grads, pulled)
+
+    def set_inner_lr(self, inner_lr_decay: InnerDecay) -> None:
+        """Set the step sizes of this position, until :func:`restore_lr`."""
+        groups = self.optimizer.param_groups
+        _scheduled_lrs.setdefault(self.optimizer, [group["lr"] for group in groups])
+        for group in groups:
+            group["lr"] = inner_step_size(group["lr"], self.position, inner_lr_decay)
+
+    def advance(self, inner_steps: int) -> None:
+        """Count an optimizer step."""
+        self.num_steps += 1
+        self.position = next_position(self.position, inner_steps)
+        self.number += self.position == 0
+
+    def restart(self) -> None:
+        """Start a new stage at the next step."""
+        self.position, self.number = 0, self.number + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on."""
+        return {
+            "position": self.position,
+            "number": self.number,
+            "num_steps": self.num_steps,
+            "strengths": list(self.strengths),
+            "anchors": list(self.anchors),
+            "anchored_in": list(self.anchored_in),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the stage; anchors are copied to the device and type of the parameters."""
+        self.position, self.number = state["position"], state["number"]
+        self.num_steps, self.strengths = state["num_steps"], list(state["strengths"])
+        self.anchored_in = list(state["anchored_in"])
+        self.anchors = [
+            None if anchor is None else anchor.to(param.device, param.dtype, copy=True)
+            for anchor, param in zip(state["anchors"], self.params, strict=True)
+        ]
+
+    def _move_anchors(self) -> None:
+        for index, param in enumerate(self.params):
+            if param.grad is None or self.anchored_in[index] == self.number:
+                continue
+            anchor = self.anchors[index]
+            self.anchors[index] = (
+                param.detach().clone() if anchor is None else anchor.copy_(param.detach())
+            )
+            self.anchored_in[index] = self.number
+
+
+_scheduled_lrs: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
+"""Step sizes of the schedule while an optimizer steps with others; shared by all instances of the callback."""
+
+
+def scheduled_lrs(optimizer: Optimizer) -> list[float | Tensor]:
+    """Return the step sizes of the schedule, also while the optimizer steps with others."""
+    return _scheduled_lrs.get(optimizer) or [group["lr"] for group in optimizer.param_groups]
+
+
+def restore_lr(optimizer: Optimizer) -> None:
+    """Set the step sizes of the schedule again; without effect if they are set."""
+    for group, lr in zip(optimizer.param_groups, _scheduled_lrs.pop(optimizer, []), strict=False):
+        group["lr"] = lr
+
+
+def _strength(group: dict[str, Any], lambda_w: float | None) -> float:
+    own = group.get("lambda_w", lambda_w)
+    return 0.1 * float(group.get("initial_lr", group["lr"])) if own is None else float(own)

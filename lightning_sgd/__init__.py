@@ -75,9 +75,9 @@ from lightning_sgd.functional.distributed.topologies import (
     Torus,
 )
 from lightning_sgd.functional.noise.gaussian_null import DirectionTests
-from lightning_sgd.functional.noise.gaussianity_settings import GaussianitySettings
 from lightning_sgd.functional.noise.gradient_gaussianity import (
     GaussianityResult,
+    GaussianitySettings,
     gradient_gaussianity,
 )
 from lightning_sgd.functional.noise.gram_projections import effective_dimension, gram_projections
@@ -88,13 +88,13 @@ from lightning_sgd.functional.noise.normality_tests import (
     jarque_bera,
     shapiro_wilk,
 )
-from lightning_sgd.functional.noise.stable_law import sample_stable
 from lightning_sgd.functional.noise.tail_estimators import (
     dedh_tail_index,
     ecf_tail_index,
     hill_tail_index,
     mcculloch_tail_index,
     pickands_tail_index,
+    sample_stable,
 )
 from lightning_sgd.functional.noise.tail_index import (
     TailIndexResult,
@@ -108,7 +108,7 @@ from lightning_sgd.functional.optim.mass_theory import (
     mass_hyperparameters,
 )
 from lightning_sgd.functional.partition import partition_by_label
-from lightning_sgd.functional.spectra.rank_collapse import spectral_stats
+from lightning_sgd.functional.spectra.spectral_stats import spectral_stats
 from lightning_sgd.functional.step_size.biased_sgd import (
     BiasedSGDProblem,
     StepBound,
@@ -117,19 +117,17 @@ from lightning_sgd.functional.step_size.biased_sgd import (
 from lightning_sgd.functional.step_size.biased_sgd_plan import (
     biased_sgd_bound,
     biased_sgd_floor,
+    biased_sgd_sdp,
     max_relative_error,
     optimal_step,
 )
-from lightning_sgd.functional.step_size.biased_sgd_sdp import biased_sgd_sdp
 from lightning_sgd.functional.step_size.compression import fit_error_model
-from lightning_sgd.functional.step_size.condition_numbers import (
-    ConditionNumbers,
-    estimate_condition_numbers,
-)
 from lightning_sgd.functional.step_size.diminishing import diminishing_bound
 from lightning_sgd.functional.step_size.least_squares import (
+    ConditionNumbers,
     LeastSquaresConstants,
     critical_batch_size,
+    estimate_condition_numbers,
     least_squares_constants,
     max_learning_rate,
 )

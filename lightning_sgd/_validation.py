@@ -3,7 +3,30 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_LIBRARIES = frozenset(
+    {
+        "lightning_sgd",
+        "torch",
+        "torchmetrics",
+        "lightning",
+        "pytorch_lightning",
+        "lightning_fabric",
+        "lightning_utilities",
+        "jsonargparse",
+        "contextlib",
+        "functools",
+        "multiprocessing",
+        "threading",
+    }
+)
+"""Top-level packages that stand between a line of the user and a line of ours."""
 
 
 class NoEffectWarning(UserWarning):
@@ -15,11 +38,17 @@ class OutsideIntendedUseWarning(UserWarning):
 
 
 class Words(str):
-    """Text that an error message shows without quotes."""
+    """Text that an error shows without quotes: a description, where the value itself would say nothing.
+
+    Example:
+        >>> Words("a sparse one")
+        a sparse one
+    """
 
     __slots__ = ()
 
     def __repr__(self) -> str:
+        """The bare text."""
         return str(self)
 
 
@@ -30,7 +59,7 @@ def expect(condition: bool, argument: str, expected: str, got: object, remedy: s
         condition: What must be true.
         argument: Name of the argument as the user spells it.
         expected: What the argument should be, continuing "to be …".
-        got: The value that came instead.
+        got: The value that came instead, or :class:`Words` that describe it.
         remedy: One sentence that tells the user what to change.
 
     Raises:
@@ -47,7 +76,7 @@ def expect(condition: bool, argument: str, expected: str, got: object, remedy: s
 
 
 def is_finite_at_least(value: float, bound: float) -> bool:
-    """Whether ``value`` is a finite number that is not below ``bound`` (false for NaN).
+    """Return whether ``value`` is a finite number that is not below ``bound``; false for NaN.
 
     Example:
         >>> is_finite_at_least(0.1, 0.0), is_finite_at_least(float("nan"), 0.0)
@@ -58,9 +87,46 @@ def is_finite_at_least(value: float, bound: float) -> bool:
 
 def warn_no_effect(message: str) -> None:
     """Tell the user, at their own line, that a setting has no effect."""
-    warnings.warn(message, NoEffectWarning, stacklevel=3)
+    warn_at_user_line(message, NoEffectWarning)
 
 
 def warn_outside_intended_use(message: str) -> None:
     """Tell the user, at their own line, that the paper promises nothing here."""
-    warnings.warn(message, OutsideIntendedUseWarning, stacklevel=3)
+    warn_at_user_line(message, OutsideIntendedUseWarning)
+
+
+def warn_at_user_line(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn with the file and line of the user's code: what built the object, or called ``fit``.
+
+    A fixed ``stacklevel`` cannot know how many frames of this package, of torch and of Lightning lie between.
+    """
+    frame = _user_frame()
+    warnings.warn_explicit(
+        message,
+        category,
+        filename=frame.f_code.co_filename,
+        lineno=frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        # Python keeps here what it has shown already, so that "once per line" means the user's line.
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _user_frame() -> FrameType:
+    """The innermost frame outside the libraries; the innermost outside this package if a thread has no such frame."""
+    caller = _innermost_outside(frozenset({"lightning_sgd"}))
+    return _innermost_outside(_LIBRARIES, default=caller)
+
+
+def _innermost_outside(packages: frozenset[str], default: FrameType | None = None) -> FrameType:
+    # Compared by module name, not by file: callbacks and strategies are links to folders outside the package's, and
+    # the methods that a dataclass generates have no file.
+    frame: FrameType | None = sys._getframe()
+    last = frame
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in packages:
+            return frame
+        last, frame = frame, frame.f_back
+    found = default or last
+    assert found is not None
+    return found

@@ -186,6 +186,6 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
         num_steps = trainer.estimated_stepping_batches
         remedy = "Give tail_start as a number of steps, or max_epochs or max_steps to the Trainer."
         known = num_steps != float("inf")
-        expected = "a step, because the number of steps is unknown"
+        expected = "a step where the length of training is unknown"
         expect(known, "tail_start", expected, self.tail_start, remedy)
         return int(self.tail_start * num_steps)

@@ -16,6 +16,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 import pytest
 import torch
 from support.compatibility import COMPLETE, FILE, PAIRS
+from support.markers import starts_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,9 +49,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Collect what the suites test before any selection by ``-k``."""
+    """Mark tests that start processes, and collect what the suites test, before any selection by ``-k`` or ``-m``."""
     table: dict[str, dict[str, str]] = {}
     for item in items:
+        if starts_processes(item):
+            item.add_marker(pytest.mark.ranks)
         mark = item.get_closest_marker("compatible")
         if mark is not None:
             feature, status = (*mark.args, "works")[:2]

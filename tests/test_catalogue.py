@@ -9,21 +9,13 @@ import re
 
 import docstring_parser
 import pytest
+from support.settings import SETTINGS
 
 import lightning_sgd
-from lightning_sgd import aggregation
-from lightning_sgd.catalogue import CATALOGUE, FOLDERS, find, plugins
+from lightning_sgd.catalogue import CATALOGUE, FOLDERS, GROUPS, find, plugins
 
 METHODS = pytest.mark.parametrize("method", CATALOGUE, ids=lambda method: method.key)
 PLUGINS = pytest.mark.parametrize("plugin", list(plugins()), ids=lambda plugin: plugin.name)
-HOUSE = {
-    "DigitsClassifier",
-    "DigitsDataModule",
-    "NoEffectWarning",
-    "OutsideIntendedUseWarning",
-    "ResumableDataLoader",
-    "partition_by_label",
-} | set(aggregation.__all__)
 
 
 @METHODS
@@ -38,10 +30,10 @@ def test_every_place_is_there(method, root):
         assert module.startswith(f"lightning_sgd.{folder}."), (plugin.name, source)
 
 
-def test_exports_are_the_catalogue_and_the_house():
-    symbols = [name for method in CATALOGUE for name in method.symbols]
+def test_exports_are_the_names_in_the_records():
+    symbols = [name for record in (*CATALOGUE, *GROUPS) for name in record.symbols]
     assert len(symbols) == len(set(symbols))
-    assert set(lightning_sgd.__all__) == set(symbols) | HOUSE
+    assert set(lightning_sgd.__all__) == set(symbols)
     assert all(hasattr(lightning_sgd, name) for name in lightning_sgd.__all__)
 
 
@@ -117,3 +109,7 @@ def test_every_public_name_has_a_docstring(name):
 def test_every_class_of_a_method_shows_an_example(method):
     for plugin in method.plugins:
         assert ">>>" in getattr(lightning_sgd, plugin.name).__doc__, plugin.name
+
+
+def test_the_suites_have_settings_for_every_plugin():
+    assert set(SETTINGS) == {plugin.name for plugin in plugins()}

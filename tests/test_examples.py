@@ -13,6 +13,8 @@ import lightning_sgd
 from lightning_sgd.catalogue import CATALOGUE
 from lightning_sgd.cli import main
 
+pytestmark = pytest.mark.slow
+
 METHODS = pytest.mark.parametrize("method", CATALOGUE, ids=lambda method: method.key)
 
 

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 from support.frozen_checkpoints import COMPARED, STEPS, content, plain_sgd, train
+from support.settings import SETTINGS
 from support.watching import assert_equal
 
 from lightning_sgd.catalogue import plugins
 
-SETTINGS = {plugin.name: plugin.settings for plugin in plugins()}
 PLUGINS = [plugin for plugin in plugins() if plugin.kind not in ("model", "data")]
 
 pytestmark = [

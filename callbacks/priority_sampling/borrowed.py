@@ -1,4 +1,4 @@
-"""Training steps and data loaders of the user, borrowed for the time of a training."""
+"""Replace the training step and the data loader of the user during a training, and take batches apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import wraps
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -17,36 +16,33 @@ from torch.utils._pytree import tree_leaves
 from lightning_sgd.callbacks._monitoring.extra_batches import measuring
 
 
-class Loan:
-    """Attributes that are replaced on an object, and given back.
-
-    Functions keep their names and signatures, by which Lightning decides what to call them with.
-    """
+class PatchedAttributes:
+    """Attributes of objects that are replaced during a training, with their originals."""
 
     def __init__(self) -> None:
-        self._borrowed: list[tuple[Any, str, Any]] = []
+        self._originals: list[tuple[Any, str, Any]] = []
 
     def replace_attribute(self, owner: Any, name: str, value: object) -> None:
-        """Replace an attribute of one object, not of its class."""
-        self._borrowed.append((owner, name, vars(owner).get(name, _ABSENT)))
+        """Replace an attribute of the object, not of its class."""
+        self._originals.append((owner, name, vars(owner).get(name, _ABSENT)))
         vars(owner)[name] = value
 
     def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        """Let ``wrapper(original, *args, **kwargs)`` answer for a method."""
+        """Call ``wrapper(original, *args, **kwargs)`` in place of a method."""
         original = getattr(owner, name)
 
         @wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
-        # Lightning looks one wrapper deep for the signature.
+        # Lightning decides by the signature what to call a method with, and looks one wrapper deep for it.
         call.__wrapped__ = getattr(original, "__wrapped__", original)
         self.replace_attribute(owner, name, call)
 
-    def give_back(self) -> None:
-        """Put everything back."""
-        while self._borrowed:
-            owner, name, value = self._borrowed.pop()
+    def restore(self) -> None:
+        """Restore the originals, the last one that was replaced first."""
+        while self._originals:
+            owner, name, value = self._originals.pop()
             if value is _ABSENT:
                 vars(owner).pop(name, None)
             else:
@@ -58,50 +54,35 @@ _PLAIN = (str, bytes, int, float)
 
 
 def replace_train_dataloader(
-    trainer: Trainer, loan: Loan, replace: Callable[[object], object]
+    trainer: Trainer, patches: PatchedAttributes, replace: Callable[[object], object]
 ) -> None:
-    """Let Lightning get another training data loader, wherever it takes it from.
-
-    The one place that knows where Lightning keeps its source.
-
-    Args:
-        trainer: About to fit.
-        loan: To give it back by.
-        replace: From the user's loader to the other one.
-    """
+    """Replace the training data loader, whether Lightning gets it from an argument, the module or a data module."""
+    # The only place that knows where Lightning keeps its source.
     source = trainer.fit_loop._data_source
     if source.is_module():
-        loan.wrap(source.instance, source.name, lambda original: replace(original()))
+        patches.wrap(source.instance, source.name, lambda original: replace(original()))
     else:
-        loan.replace_attribute(source, "instance", replace(source.instance))
+        patches.replace_attribute(source, "instance", replace(source.instance))
 
 
 @contextmanager
-def silent_evaluation(module: LightningModule) -> Iterator[None]:
-    """Evaluation mode without gradients, in which a training step leaves no trace: no statistics, no log.
-
-    Args:
-        module: Whose training step is going to be called.
-    """
+def side_effect_free_eval(module: LightningModule) -> Iterator[None]:
+    """Evaluate without gradients, and restore what a training step changes: buffers, statistics; logs are dropped."""
     with measuring(module, train_mode=False), torch.no_grad():
         yield
 
 
 def same_batch(batch: object, other: object) -> bool:
-    """Whether they hold the same tensors; wrappers such as DDP may have rebuilt the containers."""
+    """Compare the tensors of two batches by identity."""
     if batch is other:
         return True
+    # DDP rebuilds the containers.
     ours, theirs = tree_leaves(batch), tree_leaves(other)
     return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
 def take_rows(batch: Any, rows: Tensor, num_rows: int) -> Any:
-    """A part of a batch: of every tensor and list with as many rows as samples, in tuples, dictionaries, dataclasses.
-
-    Args:
-        batch: Of any structure.
-        rows: Numbers of the rows.
-        num_rows: Rows of the whole.
+    """Select rows of every tensor and list that has ``num_rows`` of them, in tuples, dictionaries and dataclasses.
 
     Example:
         >>> take_rows({"x": torch.arange(3), "name": ["a", "b", "c"], "t": 5}, torch.tensor([2, 0]), 3)
@@ -129,17 +110,3 @@ def take_rows(batch: Any, rows: Tensor, num_rows: int) -> Any:
         return [values[row] for row in rows.tolist()] if has_rows else [part(v) for v in values]
 
     return part(batch)
-
-
-def all_gathered(values: Tensor, num_ranks: int) -> Tensor:
-    """The values of all ranks in order, on the CPU; as many from each.
-
-    Args:
-        values: Of this rank.
-        num_ranks: How many there are.
-    """
-    if num_ranks == 1:
-        return values.cpu()
-    parts = [torch.empty_like(values) for _ in range(num_ranks)]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts).cpu()

@@ -11,7 +11,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sgd.sampling.loss_recorder import Listening, LossRecorder, Overheard, recording
+from lightning_sgd.sampling.loss_recorder import (
+    LossInterceptor,
+    LossRecorder,
+    TrackedTensor,
+    recording,
+)
 
 
 class LossListener:
@@ -49,7 +54,7 @@ class LossListener:
             with recording(recorder):
                 return step(batch)
         if not self._handles:
-            with recording(recorder), Listening(recorder):
+            with recording(recorder), LossInterceptor(recorder):
                 return step(batch)
         self._recorder = recorder
         try:
@@ -72,7 +77,7 @@ class LossListener:
         parts = list(_visible_parts(self.module))
         self._handles = [part.register_forward_hook(self._note) for part in parts]
         try:
-            with recording(recorder), Listening(recorder):
+            with recording(recorder), LossInterceptor(recorder):
                 output = step(batch)
             sources = [self._source_of(tensor) for tensor in recorder.inputs]
         finally:
@@ -92,7 +97,7 @@ class LossListener:
         recorder = self._recorder
         if recorder is None or not isinstance(output, Tensor):
             return None
-        marked = output.as_subclass(Overheard)
+        marked = output.as_subclass(TrackedTensor)
         if isinstance(part, nn.Linear):
             recorder.note_linear(inputs[0], marked, part.bias is not None)
         return marked
@@ -125,7 +130,7 @@ def _visible_parts(module: nn.Module) -> Iterator[nn.Module]:
 
 def _as_they_were(output: Any) -> Any:
     """Plain tensors in what a step returns."""
-    if isinstance(output, Overheard):
+    if isinstance(output, TrackedTensor):
         return output.as_subclass(Tensor)
     if isinstance(output, dict):
         return {key: _as_they_were(value) for key, value in output.items()}

@@ -1,23 +1,23 @@
-"""Draws hard samples more often, in the training that a user has already."""
+"""Draw hard samples more often in a training that exists already."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sgd._run_log import announce
+from lightning_sgd._distributed import gather_numbers
+from lightning_sgd._run_log import announce, log_metrics, logger_names
 from lightning_sgd._validation import expect, warn_no_effect
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
-    Loan,
-    all_gathered,
+    PatchedAttributes,
     replace_train_dataloader,
 )
-from lightning_sgd.callbacks.priority_sampling.report import STEM, conclusion, draw_priorities
+from lightning_sgd.callbacks.priority_sampling.report import STEM, draw_priorities
 from lightning_sgd.callbacks.priority_sampling.rescore import refreshed_scores
 from lightning_sgd.callbacks.priority_sampling.run import PriorityRun
 from lightning_sgd.callbacks.priority_sampling.settings import (
@@ -35,6 +35,7 @@ from lightning_sgd.functional.sampling.priority_sampling import (
 from lightning_sgd.sampling import PrioritySampler
 from lightning_sgd.sampling.loss_recorder import ScoreFunction, ScoreName
 from lightning_sgd.sampling.priority_loader import PriorityDataLoader, with_priorities
+from lightning_sgd.sampling.priority_sampler import check_sampler_settings
 from lightning_sgd.sampling.priority_table import Order, Unseen
 from lightning_sgd.sampling.selection import Selection
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class PrioritySampling(Callback):
-    r"""Draws samples by what they still have to teach, and weights their losses; in the training that you have already.
+    r"""Draws samples with a high score more often, and weights their losses, in a training that you have already.
 
     Sample i of N has a score :math:`s_i`, measured when it was last trained on. It is drawn with probability
     :math:`p_i = (1 - \lambda)\,v_i / \sum v + \lambda / N`, where :math:`v_i = (s_i + \epsilon)^\alpha`, and its loss
@@ -62,11 +63,20 @@ class PrioritySampling(Callback):
     4 bytes per sample. Scores, generator and prefetched draws are in the checkpoint, so training resumes exactly in
     mid-epoch.
 
-    Logged every ``log_every_n_steps`` of the Trainer: ``priority/effective_batch_share``, worth of the weighted batch;
-    ``priority/max_weight``; ``priority/gain`` [τ], whose square is the factor by which a uniform batch would have to
-    grow; ``priority/lag``, batches between draw and use; ``priority/mean_age`` of the scores in batches. Every epoch:
-    ``priority/effective_share`` of the data set and ``priority/never_drawn``. At the end the ten hardest samples are
-    named.
+    Logged every ``log_every_n_steps`` of the Trainer, and the last two at the end of every epoch; the ten hardest
+    samples are named at the end of the training:
+
+    ================================== =================================================================================
+    key                                meaning
+    ================================== =================================================================================
+    ``priority/effective_batch_share`` effective sample size of the weighted batch, as a share of its size
+    ``priority/max_weight``            largest weight in the batch
+    ``priority/gain``                  τ; a uniform batch would have to be τ² times as large for the same variance
+    ``priority/lag``                   batches between the draw of this batch and its use
+    ``priority/mean_age``              mean age of the scores in the batch, in batches
+    ``priority/effective_share``       effective sample size of the probabilities, as a share of the data set
+    ``priority/never_drawn``           share of the samples that were never drawn
+    ================================== =================================================================================
 
     Args:
         score: ``grad_norm_bound``: norm of the gradient with respect to the outputs, in closed form. ``last_layer``:
@@ -111,6 +121,16 @@ class PrioritySampling(Callback):
         Prioritization. IC2E 2021.
     """
 
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "priority/effective_batch_share",
+        "priority/max_weight",
+        "priority/gain",
+        "priority/lag",
+        "priority/mean_age",
+        "priority/effective_share",
+        "priority/never_drawn",
+    )
+
     def __init__(
         self,
         score: ScoreName | ScoreFunction = "grad_norm_bound",
@@ -139,6 +159,7 @@ class PrioritySampling(Callback):
         self.refresh_every_n_epochs = refresh_every_n_epochs
         self.irreducible_losses = irreducible_losses
         self.seed, self.save_figure = seed, save_figure
+        # The order is part of the state key, which checkpoints know.
         self.settings: dict[str, Any] = {
             "order": order,
             "uniform_mix": uniform_mix,
@@ -151,19 +172,20 @@ class PrioritySampling(Callback):
             "pressure": pressure,
             "top": top,
         }
-        PrioritySampler(1, 1, 1, 0, **self.settings)  # refuses what it cannot draw by
+        checked = {name: value for name, value in self.settings.items() if name != "stratified"}
+        check_sampler_settings(**checked)
         check_settings(self._everything())
         warn_of_settings(self._everything())
         name = score if isinstance(score, str) else score.__name__
         rule = None if selection is None else type(selection).__name__
-        # Lightning asks for it in every hook.
+        # Computed once, because Lightning asks for it in every hook.
         self._state_key = self._generate_state_key(
             score=name, beta=beta, selection=rule, seed=seed, **self.settings
         )
         self.run: PriorityRun | None = None
-        self._loan = Loan()
+        self._patches = PatchedAttributes()
         self._restored: dict[str, Any] | None = None
-        self._is_passive, self._last_step, self._warned = False, 0, False
+        self._is_passive, self._warned = False, False
 
     @property
     def state_key(self) -> str:
@@ -173,7 +195,7 @@ class PrioritySampling(Callback):
     # Set-up.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Borrow the training step and the data loader, before Lightning asks for either."""
+        """Replace the training step and the data loader, before Lightning asks for either."""
         if stage != "fit":
             return
         self.run, self._restored, self._warned = None, None, False
@@ -189,17 +211,16 @@ class PrioritySampling(Callback):
         def step(original: Any, *args: Any, **kwargs: Any) -> Any:
             return self._running.training_step(original, *args, **kwargs)
 
-        replace_train_dataloader(trainer, self._loan, replace)
-        self._loan.wrap(pl_module, "training_step", step)
+        replace_train_dataloader(trainer, self._patches, replace)
+        self._patches.wrap(pl_module, "training_step", step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is going to happen."""
-        self._last_step = trainer.global_step
+        """Announce the settings, and refuse ranks with different data sets."""
         if self._is_passive:
             rank_zero_info("PrioritySampling: an earlier one in the list of callbacks does it all.")
             return
         sampler = self._running.sampler
-        sizes = all_gathered(torch.tensor([sampler.num_in_dataset]), trainer.world_size).tolist()
+        sizes = [int(size) for (size,) in gather_numbers(trainer, [sampler.num_in_dataset])]
         expect(
             len(set(sizes)) == 1,
             "dataset",
@@ -232,16 +253,15 @@ class PrioritySampling(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Exchange the scores, and enter them."""
+        """Exchange the scores of the ranks, and enter them into the table."""
         if self._is_passive:
             return
-        is_due = self._is_due(trainer)
-        values = self._running.end_batch(is_due)
+        values = self._running.end_batch(wants_values=_is_due(trainer))
         if trainer.is_last_batch:
-            # Lightning leaves the hook for epochs out when it goes on from a checkpoint of the last batch.
-            values |= self._look_at_all(trainer)
+            # Lightning leaves `on_train_epoch_end` out when it resumes from a checkpoint of the last batch.
+            values |= self._values_of_epoch(trainer)
         if values:
-            _log(trainer, values)
+            log_metrics(trainer, values, num_uncounted=1)
         if self._running.sampler.num_not_finite and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -249,25 +269,25 @@ class PrioritySampling(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what came of it."""
+        """Announce the effective sample size and the hardest samples, and save the figure."""
         if self._is_passive:
             rank_zero_info("PrioritySampling: see the earlier one.")
         else:
             figure = self._save_figure(trainer)
-            announce(trainer, "PrioritySampling", "end", f"{conclusion(self._running)}{figure}")
+            announce(trainer, "PrioritySampling", "end", f"{self._running.conclusion()}{figure}")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Give back what was borrowed."""
+        """Restore the training step and the data loader."""
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give back what was borrowed."""
+        """Restore the training step and the data loader."""
         self._release()
 
     def plot(self) -> Figure:
-        """Spread of the probabilities over time, and how much the likeliest samples get.
+        """Plot the spread of the probabilities over time, and the share of draws of the likeliest samples.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -280,31 +300,31 @@ class PrioritySampling(Callback):
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores, draws on their way, generators, history."""
+        """Return scores, prefetched draws, generators and history."""
         if self._is_passive:
             return {"is_passive": True}
         return dict(self._restored or {}) if self.run is None else self.run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as :meth:`state_dict` says, as soon as there are data."""
+        """Restore the state, or keep it until the data loader is known."""
         self._restored = dict(state_dict) if "sampler" in state_dict else None
         if self.run is not None and self._restored:
             self.run.load_state_dict(self._restored)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies begin anew: data and module belong to one training."""
-        return {**self.__dict__, "run": None, "_loan": Loan(), "_restored": None}
+        """Leave out what belongs to one training."""
+        return {**self.__dict__, "run": None, "_patches": PatchedAttributes(), "_restored": None}
 
     # Small things.
 
     def _everything(self) -> dict[str, Any]:
-        """All settings that depend on each other."""
+        """Return all settings that depend on each other."""
         names = "score", "beta", "beta_end", "weight_norm", "pressure_end", "selection"
         more = "refresh_every_n_epochs", "irreducible_losses"
         return {**self.settings, **{name: getattr(self, name) for name in (*names, *more)}}
 
     def _release(self) -> None:
-        self._loan.give_back()
+        self._patches.restore()
         if self.run is not None:
             self.run.listener.stop()
 
@@ -316,7 +336,7 @@ class PrioritySampling(Callback):
     def _loader(
         self, trainer: Trainer, pl_module: LightningModule, loader: object
     ) -> PriorityDataLoader:
-        """The user's loader with priorities; asked for again if Lightning reloads it."""
+        """Return the user's loader with a priority sampler; called again whenever Lightning reloads it."""
         ranks = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
 
         def make(dataset: Any, batch_size: int, drop_last: bool) -> PrioritySampler:
@@ -341,14 +361,14 @@ class PrioritySampling(Callback):
         if self.irreducible_losses is not None:
             irreducible = load_losses(self.irreducible_losses, sampler.num_in_dataset)
         run = PriorityRun(sampler, pl_module, self.score, self.selection, irreducible, self.seed)
-        # Not by Lightning's hook for epochs, which it leaves out when it goes on from a checkpoint of the last batch.
+        # Lightning leaves `on_train_epoch_start` out when it resumes from a checkpoint of the last batch.
         sampler.before_epoch = partial(self._prepare_epoch, trainer, pl_module)
         if self._restored:
             run.load_state_dict(self._restored)
         return run
 
     def _prepare_epoch(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
-        """Anneal the pressure, and measure all scores anew, if it is time to."""
+        """Anneal the pressure, and measure the scores of all samples every so many epochs."""
         every = self.refresh_every_n_epochs
         if self.pressure_end is not None:
             progress = epoch / max(1, (trainer.max_epochs or 1) - 1)
@@ -358,21 +378,14 @@ class PrioritySampling(Callback):
         if every is not None and epoch > 0 and epoch % every == 0:
             self._running.refresh(refreshed_scores(trainer, pl_module, self._running))
 
-    def _look_at_all(self, trainer: Trainer) -> dict[str, float]:
-        """What an epoch made of the priorities."""
+    def _values_of_epoch(self, trainer: Trainer) -> dict[str, float]:
         run = self._running
         spread = run.spread()
-        run.history.note(trainer.global_step, spread)
+        run.history.append(trainer.global_step, spread)
         return {
             "priority/effective_share": effective_sample_size(spread) / len(spread),
             "priority/never_drawn": 1 - float(run.sampler.table.is_drawn.float().mean()),
         }
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        """Whether an optimizer step is over after which something is logged."""
-        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        is_new, self._last_step = step != self._last_step, step
-        return bool(is_new and every and step % every == 0)
 
     def _announcement(self, trainer: Trainer, pl_module: LightningModule) -> str:
         sampler = self._running.sampler
@@ -394,14 +407,13 @@ class PrioritySampling(Callback):
             isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in pl_module.modules()
         )
         advice = "statistics of batch normalisation follow the hard samples; " if norms else ""
-        places = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
         return (
             f"{sampler.num_in_dataset} samples in batches of {size} by {score}: {what}; {exchange}{advice}values go to "
-            f"{places}."
+            f"{logger_names(trainer)}."
         )
 
     def _save_figure(self, trainer: Trainer) -> str:
-        """Draw and publish the figure; what to say about it."""
+        """Publish the figure, and return the sentence that says where it is."""
         if not self.save_figure or not self._running.history.steps:
             return ""
         return publish_if_possible(trainer, self.plot, STEM, "priority/spread")
@@ -416,12 +428,14 @@ class PrioritySampling(Callback):
 
 
 def _progress(trainer: Trainer) -> float:
+    """Return the share of the training that is done, 0 where its length is unknown."""
     total = trainer.estimated_stepping_batches
     return trainer.global_step / total if math.isfinite(total) and total > 0 else 0.0
 
 
-def _log(trainer: Trainer, values: dict[str, float]) -> None:
-    """To ``callback_metrics``, and to the loggers; all ranks know the same values."""
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+def _is_due(trainer: Trainer) -> bool:
+    """Decide as Lightning does, once per batch that steps, however many optimizers there are."""
+    loop = trainer.fit_loop.epoch_loop
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+    num_stepped = loop._batches_that_stepped + 1
+    return bool(every and not loop._should_accumulate() and num_stepped % every == 0)

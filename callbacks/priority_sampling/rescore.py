@@ -1,4 +1,4 @@
-"""All scores measured anew, by a pass over the data that leaves no trace."""
+"""Measure the scores of all samples by a pass over the data without side effects."""
 
 from __future__ import annotations
 
@@ -10,34 +10,30 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_sgd._distributed import gather
 from lightning_sgd.callbacks._monitoring.extra_batches import to_device
 from lightning_sgd.callbacks._monitoring.module_state import random_states_kept
-from lightning_sgd.callbacks.priority_sampling.borrowed import all_gathered, silent_evaluation
+from lightning_sgd.callbacks.priority_sampling.borrowed import side_effect_free_eval
 from lightning_sgd.callbacks.priority_sampling.run import PriorityRun
 
 
 def refreshed_scores(trainer: Trainer, module: LightningModule, run: PriorityRun) -> Tensor:
-    """The score of every sample with the weights as they are; each rank measures a part.
-
-    Args:
-        trainer: Knows data, device and precision.
-        module: The module.
-        run: Measures.
-    """
+    """Measure the score of every sample with the current weights; each rank measures a part."""
     num, size = run.sampler.num_in_dataset, run.sampler.batch_size
     num_each = -(-num // run.sampler.num_replicas)
     first = run.sampler.rank * num_each
     own = torch.arange(first, first + num_each).clamp(max=num - 1)
     with (
         random_states_kept(),
-        silent_evaluation(module),
+        side_effect_free_eval(module),
         trainer.precision_plugin.train_step_context(),
     ):
         parts = [
             run.measured(_step(module, number), to_device(batch, trainer), len(indices))
             for number, (indices, batch) in enumerate(_batches(trainer, own, size))
         ]
-    return all_gathered(torch.cat(parts), run.sampler.num_replicas)[:num]
+    scores = gather(torch.cat(parts), run.sampler.num_replicas)
+    return scores.flatten()[:num].cpu()
 
 
 def _batches(trainer: Trainer, indices: Tensor, size: int) -> Any:

@@ -1,4 +1,4 @@
-"""One training with priorities: what was drawn for a batch, how it is weighted, and which scores came of it."""
+"""One training with priorities: draws, weights and scores of its batches."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_sgd._distributed import gather
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
-    all_gathered,
     same_batch,
-    silent_evaluation,
+    side_effect_free_eval,
     take_rows,
 )
 from lightning_sgd.callbacks.priority_sampling.loss_listener import LossListener
-from lightning_sgd.callbacks.priority_sampling.report import PriorityHistory
+from lightning_sgd.callbacks.priority_sampling.report import PriorityHistory, hardest
 from lightning_sgd.functional.sampling.priority_sampling import (
     WeightNorm,
     batch_size_gain,
@@ -36,7 +36,7 @@ from lightning_sgd.sampling.selection import Selection
 
 
 class PriorityRun:
-    """Stands between the training step of the user and the sampler.
+    """Connects the training step of the user with the sampler.
 
     Args:
         sampler: Draws the batches.
@@ -121,7 +121,8 @@ class PriorityRun:
                 "Expected Lightning to call `training_step` of the module with the batch, got another way of training. "
                 "Leave PrioritySampling out."
             )
-        scores = self._reduced(all_gathered(self._scores, sampler.num_replicas), draw.indices)
+        gathered = gather(self._scores, sampler.num_replicas).flatten().cpu()
+        scores = self._reduced(gathered, draw.indices)
         values = self._values(draw, scores) if wants_values else {}
         sampler.update(draw, scores)
         if self.selection is not None:
@@ -133,7 +134,7 @@ class PriorityRun:
         return values
 
     def measured(self, step: Callable[[Any], Any], batch: Any, num_rows: int) -> Tensor:
-        """Scores of the rows of a batch, without training; in ``silent_evaluation``.
+        """Scores of the rows of a batch, without training; in ``side_effect_free_eval``.
 
         Args:
             step: The training step.
@@ -164,8 +165,22 @@ class PriorityRun:
         values = priority_values(table.scores, 1e-3 * float(table.scores.mean()), 1.0)
         return values / values.sum()
 
+    def conclusion(self) -> str:
+        """Name the share of draws by priority, the effective sample size, and what is hardest."""
+        table, spread = self.sampler.table, self.spread()
+        share = effective_sample_size(spread) / len(spread)
+        never = 1 - float(table.is_drawn.float().mean())
+        if self.selection is None:
+            none = ", so it had no effect" if self.num_by_priority == 0 else ""
+            drawn = f"{self.num_by_priority} of {self.num_batches} batches drawn by priority{none}"
+        else:
+            rows = f"{self.num_trained} of {self.num_rows} rows"
+            drawn = f"{rows} trained on in {self.num_batches} batches"
+        named = hardest(table.scores, table.measured_at, self.classes)
+        return f"{drawn}; effective sample size {share:.0%} of {len(spread)}, {never:.1%} never drawn; {named}."
+
     def state_dict(self) -> dict[str, Any]:
-        """Scores, draws on their way, generators, history."""
+        """Return scores, prefetched draws, generators and history."""
         return {
             "sampler": self.sampler.state_dict(),
             "selection": None if self.selection is None else self.selection.state_dict(),
@@ -175,7 +190,7 @@ class PriorityRun:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as :meth:`state_dict` says."""
+        """Restore the state."""
         self.sampler.load_state_dict(state["sampler"])
         if self.selection is not None:
             self.selection.load_state_dict(state["selection"])
@@ -192,7 +207,7 @@ class PriorityRun:
         assert self._draw is not None
         part, num, weights, looked_at = batch, num_rows, self._own_weights(), None
         if self._selects:
-            with silent_evaluation(self.module):
+            with side_effect_free_eval(self.module):
                 looked_at = self.measured(step, batch, num_rows)
             scores = finite(self._reduced(looked_at.cpu(), self._own(self._draw.indices)))
             rows, weights = self.selection.choose(scores, self._own(self._numbers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -92,6 +92,16 @@ class RankMonitor(Monitor):
         Tomer Galanti, Zachary S. Siegel, Aparna Gupte, Tomaso Poggio. SGD and Weight Decay Secretly Minimize the Rank
         of Your Neural Network. CPAL 2025.
     """
+
+    metric_keys: ClassVar[tuple[str, ...]] = (
+        "rank/rank_*",
+        "rank/stable_rank",
+        "rank/effective_rank",
+        "rank/frobenius_norm",
+        "rank/num_dead",
+        "rank/bound_*",
+        "rank/*/*",
+    )
 
     def __init__(
         self,

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import lightning_sgd
-from lightning_sgd import aggregation
-from lightning_sgd.catalogue import CATALOGUE, Method
+from lightning_sgd.catalogue import CATALOGUE, GROUPS, TOPICS, Topic
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,13 +16,13 @@ SIGNS = {"works": "✓", "refused": "refused", "": "–"}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Make a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def overview(card: str = "methods/{key}.md") -> str:
-    """One row per method, each title linked to its card."""
+    """Make the table of methods: one row each, with a link to the card."""
     return table(
         ["Method", "Switch it on with", "What it does", "Paper"],
         (
@@ -39,13 +38,18 @@ def overview(card: str = "methods/{key}.md") -> str:
 
 
 def choosing() -> str:
-    """One row per method: from the symptom to the card."""
-    rows = ([m.use_when, f"[{m.title}](methods/{m.key}.md)"] for m in CATALOGUE)
+    """Make one section per topic, and in it one row per method: from the symptom to the card."""
+    return "\n".join(f"## {TOPICS[topic]}\n\n{_symptoms(topic)}" for topic in TOPICS)
+
+
+def _symptoms(topic: Topic) -> str:
+    methods = [method for method in CATALOGUE if method.topic == topic]
+    rows = ([m.use_when, f"[{m.title}](methods/{m.key}.md)"] for m in methods)
     return table(["What you see", "Look at"], rows)
 
 
 def compatibility(pairs: Mapping[str, Mapping[str, str]]) -> str:
-    """One row per feature, one column per plug-in."""
+    """Make the table of what works together: one row per feature, one column per plug-in."""
     names = sorted({name for statuses in pairs.values() for name in statuses}, key=str.casefold)
     rows = (
         [feature, *(SIGNS[statuses.get(name, "")] for name in names)]
@@ -55,17 +59,15 @@ def compatibility(pairs: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def reference() -> str:
-    """An autodoc entry for every public name, method by method, then the rest."""
-    known = {name for method in CATALOGUE for name in method.symbols}
-    rules = [name for name in aggregation.__all__ if name not in known]
-    rest = [name for name in lightning_sgd.__all__ if name not in {*known, *rules}]
-    parts = [_reference_of(m.title, m.symbols, m) for m in CATALOGUE]
-    parts.append(_reference_of("Robust aggregation", rules, None))
-    return "\n".join([*parts, _reference_of("Data, models and warnings", rest, None)])
+    """Make an autodoc entry for every public name: method by method, then group by group."""
+    parts = [
+        _section(m.title, m.symbols, f"The card of the method is [here](methods/{m.key}.md).\n")
+        for m in CATALOGUE
+    ]
+    return "\n".join([*parts, *(_section(group.title, group.symbols) for group in GROUPS)])
 
 
-def _reference_of(title: str, names: Iterable[str], method: Method | None) -> str:
-    intro = f"The card of the method is [here](methods/{method.key}.md).\n" if method else ""
+def _section(title: str, names: Iterable[str], intro: str = "") -> str:
     return f"## {title}\n\n{intro}\n" + "\n".join(_autodoc(name) for name in names)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
-from lightning_sgd.functional.spectra.rank_collapse import spectral_stats_of
+from lightning_sgd.functional.spectra.spectral_stats import spectral_stats_of
 from lightning_sgd.functional.spectra.weight_matrices import find_weight_matrices
 
 if TYPE_CHECKING:

@@ -1,4 +1,24 @@
-"""Robust aggregation rules and attacks, as small objects that strategies compose."""
+"""Robust aggregation rules and attacks, as small objects that strategies compose.
+
+Many published methods are a pre-aggregation, a rule and a setting of the strategy:
+
+- SpectralFilter(stop="threshold"): Data & Diggavi, ISIT 2021, with a simpler decoder than theirs.
+- SpectralFilter(stop="agnostic"): CAF, Allouah et al., ICML 2025.
+- SpectralFilter(stop="threshold", mode="hard"): a randomised filter, after Diakonikolas et al., FOCS 2016.
+- GeometricMedian(smoothing=0.1, num_iterations=3, start="zero"): RFA, Pillutla et al., 2022, as other libraries run it.
+- CenteredClipping with worker momentum: Karimireddy et al., ICML 2021.
+- Bucketing + Krum, GeometricMedian, CoordinateMedian or CenteredClipping, with worker momentum: Karimireddy et al.,
+  ICLR 2022.
+- MDA, or another rule of bounded error, with worker momentum: RESAM, Farhadkhani et al., ICML 2022.
+- NNM + TrimmedMean, CoordinateMedian, Krum or GeometricMedian, with worker momentum: "Fixing by Mixing", Allouah et
+  al., AISTATS 2023.
+- ARC + NNM + the same rules: Allouah et al., ICLR 2025.
+- MultiKrum(num_selected=1): Krum. Repeated Krum, then MeaMed on the chosen rows: Bulyan.
+- MinMax(by_sum=True): the attack min-sum. OptimalFactor(rule, "ipm"): fall of empires with the best factor.
+
+Worker momentum is ``worker_momentum`` of :class:`~lightning_sgd.ByzantineStrategy`. ``docs/aggregation.md`` says where
+ours differ from the papers.
+"""
 
 from lightning_sgd.aggregation._aggregator import (
     AggregationReport,

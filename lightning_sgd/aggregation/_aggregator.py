@@ -1,4 +1,4 @@
-"""What every robust rule is: a matrix that mixes the rows, then a function of each column.
+"""The base classes of robust rules: a matrix that mixes the rows, then a function of each column.
 
 A rule that looks at geometry maps the n × n Gram matrix of the workers' vectors to n weights (:class:`GramRule`); a
 rule that looks at single coordinates maps an (n, s) block of columns to (s,) (:class:`CoordinateRule`). Neither ever
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import Words, expect
 from lightning_sgd.functional.robust.stacked_rows import (
     BLOCK,
     Rows,
@@ -35,13 +35,13 @@ from lightning_sgd.functional.robust.stacked_rows import (
 
 @dataclass(frozen=True, slots=True)
 class AggregationReport:
-    """What a rule found in its last call; rows are numbered as they were passed.
+    """Findings of a rule in its last call; rows are numbered as they were passed.
 
     Attributes:
-        dropped: Rows that could not be computed with: not finite, or far too long.
-        weights: Share of each row in the result, of shape (n,), zero for dropped rows; before a rule that goes on
-            coordinate by coordinate, its mean share in the mixed rows. ``None`` for rules without a Gram matrix.
-        top_eigenvalue: Of the covariance under these weights [λ]; of the spectral filter alone.
+        dropped: Rows that were left out because they are not finite or far too long.
+        weights: Share of each row in the result, of shape (n,), zero for dropped rows. For a rule that continues
+            coordinate by coordinate: its mean share in the mixed rows. ``None`` for rules without a Gram matrix.
+        top_eigenvalue: Top eigenvalue of the covariance under these weights [λ]; spectral filter only.
     """
 
     dropped: tuple[int, ...] = ()
@@ -50,19 +50,18 @@ class AggregationReport:
 
 
 class Aggregator(ABC):
-    """A rule that combines the vectors of n workers although some may be arbitrary; call it with an (n, d) tensor.
+    """A rule that combines the vectors of n workers of which some may be arbitrary; call it with an (n, d) tensor.
 
     Args:
         num_byzantine: How many of the workers may be faulty [f], fewer than half.
 
     Attributes:
         needs_gram: Whether the rule looks at the Gram matrix; if not, :meth:`mixing` is not called.
-        centred: Whether a row may be subtracted from all before the Gram matrix is made, as distances allow; not for
-            rules that look at norms.
-        reference: Number of that row among those that were kept; ``None`` if nothing is to be subtracted.
-        uses_previous_output: Whether the caller appends its previous result, at first zeros, as one more row, which
-            the Gram matrix contains.
-        report: What the rule found in its last call.
+        centred: Whether one row may be subtracted from all others before the Gram matrix is computed. True for rules
+            that use distances, false for rules that use norms.
+        reference: Number of that row among the kept rows; ``None`` if nothing is to be subtracted.
+        uses_previous_output: Whether the caller appends its previous result, at first zeros, as one more row.
+        report: Findings of the last call.
     """
 
     needs_gram: bool = True
@@ -82,7 +81,7 @@ class Aggregator(ABC):
         self._previous: Tensor | None = None
 
     def _weigh_workers(self, weights: Sequence[float] | None) -> None:
-        """For rules that know what to do with a weight for each worker."""
+        """Set one weight per worker; called by the rules that support it."""
         remedy = "Leave a worker out instead."
         positive = weights is None or all(0 < weight < math.inf for weight in weights)
         expect(positive, "worker_weights", "positive numbers", weights, remedy)
@@ -122,7 +121,7 @@ class Aggregator(ABC):
         return result
 
     def check(self, num_rows: int) -> None:
-        """Refuse a number of rows for which the rule promises nothing.
+        """Refuse a number of rows for which the rule has no guarantee.
 
         Args:
             num_rows: Number of workers [n].
@@ -143,10 +142,13 @@ class Aggregator(ABC):
         )
 
     def keep(self, squared_norms: Tensor) -> tuple[list[int], int]:
-        """Begin a call: which rows can be computed with, and how many of these may still be faulty.
+        """Begin a call: choose the rows to compute with.
 
         Args:
             squared_norms: Squared norm of each row, of shape (n,), not finite where the row is not.
+
+        Returns:
+            Numbers of the rows to keep, and how many of these may still be faulty.
 
         Raises:
             ValueError: If there are too few rows, or more than ``num_byzantine`` are not finite.
@@ -163,28 +165,33 @@ class Aggregator(ABC):
             len(dropped) <= self.num_byzantine,
             "rows",
             expected,
-            f"{len(dropped)} that are not",
+            Words(f"{len(dropped)} that are not"),
             remedy,
         )
         self._begin(kept, n)
+        # The row of median norm is not an outlier as long as fewer than half are: subtracting it loses no digits.
         self.reference = median_row(squared_norms[kept]) if self.centred else None
         self.report = AggregationReport(dropped=dropped)
+        # A dropped row counts as one of the faulty ones, so the rule has to expect fewer among the others.
         return kept, self.num_byzantine - len(dropped)
 
     def _begin(self, kept: Sequence[int] | None, num_rows: int) -> None:
         self._kept, self._num_rows = kept, num_rows
 
     def mixing(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """The matrix by which the rows are multiplied before :meth:`reduce`, of shape (m, n) in double precision.
+        """Compute the matrix by which the rows are multiplied before :meth:`reduce`.
 
         Args:
-            gram: Inner products of the rows less the ``reference``, of shape (n, n), in double precision, on the
-                CPU; of the rows that were kept and, where the rule uses it, the previous output.
+            gram: Inner products of the kept rows less the ``reference``, of shape (n, n), in double precision, on the
+                CPU; with the previous output as the last row where the rule uses it.
             num_byzantine: How many of these rows may be faulty.
+
+        Returns:
+            Matrix of shape (m, n) in double precision.
         """
         finite = bool(gram.isfinite().all())
         remedy = "Scale the gradients down, or raise `num_byzantine`."
-        expect(finite, "rows", "short enough for inner products", "overflow", remedy)
+        expect(finite, "rows", "short enough for inner products", Words("overflow"), remedy)
         matrix = self._matrix(gram, num_byzantine)
         self.report = replace(
             self.report, weights=self._on_all_rows(matrix), top_eigenvalue=self._top_eigenvalue()
@@ -192,6 +199,7 @@ class Aggregator(ABC):
         return matrix
 
     def _on_all_rows(self, matrix: Tensor) -> Tensor:
+        """Return the mean share of each row, with zeros for dropped rows and without the previous output."""
         shares = matrix.mean(dim=0)
         if self._kept is None:
             return shares
@@ -200,16 +208,16 @@ class Aggregator(ABC):
         return weights
 
     def _workers(self, num_rows: int) -> list[int]:
-        """Numbers of the workers behind the rows of the Gram matrix."""
+        """Return the workers to which the rows of the Gram matrix belong."""
         return list(range(num_rows)) if self._kept is None else list(self._kept)
 
     @property
     def names_workers(self) -> bool:
-        """Whether it matters which worker a row belongs to."""
+        """Whether the result depends on which worker a row belongs to."""
         return self.worker_weights is not None
 
     def _shares(self, num_rows: int) -> Tensor:
-        """The weights of the workers behind the rows; they sum to one."""
+        """Return the weights of these rows' workers, scaled to sum to one."""
         weights = torch.ones(num_rows, dtype=torch.float64)
         if self.worker_weights is not None:
             chosen = [self.worker_weights[worker] for worker in self._workers(num_rows)]
@@ -238,25 +246,25 @@ class Aggregator(ABC):
         return torch.zeros_like(like) if self._previous is None else self._previous.to(like)
 
     def state_dict(self) -> dict[str, object]:
-        """What the next call depends on."""
+        """Return the state that the next call depends on."""
         return {} if self._previous is None else {"previous": self._previous}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a state.
+        """Restore what :meth:`state_dict` returned.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: Result of :meth:`state_dict`.
         """
         previous = state.get("previous")
         self._previous = previous.clone() if isinstance(previous, Tensor) else None
 
 
 class GramRule(Aggregator):
-    """A rule whose result is a weighted mean of the rows; only ``weights`` is missing."""
+    """A rule whose result is a weighted mean of the rows; subclasses implement ``weights``."""
 
     @abstractmethod
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Weight of each row, of shape (n,) in double precision.
+        """Compute the weight of each row, of shape (n,) in double precision.
 
         Args:
             gram: Inner products of the rows less the ``reference``, of shape (n, n) in double precision.
@@ -267,12 +275,12 @@ class GramRule(Aggregator):
         return self.weights(gram, num_byzantine)[None]
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
-        """The one row that is left."""
+        """Return the only row: the weighted mean."""
         return block[0]
 
 
 class CoordinateRule(Aggregator):
-    """A rule that combines every coordinate by itself; only ``reduce`` is missing."""
+    """A rule that combines every coordinate by itself; subclasses implement ``reduce``."""
 
     needs_gram = False
 

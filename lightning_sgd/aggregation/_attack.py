@@ -1,4 +1,4 @@
-"""What an attack is."""
+"""The base class of attacks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Scope: TypeAlias = Literal["own", "columns", "rows"]
 
 
 class Attack(ABC):
-    """A function from the rows of honest workers to those of faulty ones.
+    """A map from the rows of honest workers to the rows of faulty workers.
 
     Attributes:
-        scope: ``"own"``: it needs only what a faulty worker would have sent; ``"columns"``: it needs the honest rows
-            too, but any block of columns by itself; ``"rows"``: it needs whole rows.
+        scope: ``"own"``: needs only what a faulty worker would have sent; ``"columns"``: needs the honest rows too, but
+            can treat blocks of columns separately; ``"rows"``: needs whole rows.
     """
 
     scope: Scope
 
     @abstractmethod
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """The rows that the faulty workers send.
+        """Compute the rows that the faulty workers send.
 
         Args:
-            honest: Rows of the honest workers, of shape (n − f, s); not looked at where the scope is ``"own"``.
-            own: What the faulty workers would have sent, of shape (f, s).
+            honest: Rows of the honest workers, of shape (n − f, s); unused if the scope is ``"own"``.
+            own: Rows that the faulty workers would have sent without the attack, of shape (f, s).
             generator: Source of randomness.
 
         Returns:
@@ -38,13 +38,13 @@ class Attack(ABC):
         """
 
     def state_dict(self) -> dict[str, object]:
-        """What the next call depends on."""
+        """Return the state that the next call depends on."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a state.
+        """Restore what :meth:`state_dict` returned.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: Result of :meth:`state_dict`.
         """
         expect(not state, "state", "empty", dict(state), "It belongs to another attack.")

@@ -1,4 +1,4 @@
-"""Random numbers that all ranks agree on."""
+"""Random numbers that are equal on all ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Draws:
-    """A fresh generator for every call, from a seed and the number of the call; that number is all its state.
+    """A new generator for every call, seeded by a seed and the number of the call, which is all that resuming needs.
 
     Args:
         seed: The same on all ranks.
@@ -18,24 +18,24 @@ class Draws:
         self.seed, self.num_calls = seed, 0
 
     def next_generator(self) -> torch.Generator:
-        """The generator of the next call."""
+        """Return the generator of the next call."""
         generator = torch.Generator().manual_seed((self.seed << 32) + self.num_calls)
         self.num_calls += 1
         return generator
 
     def next_uniform(self) -> Callable[[], float]:
-        """A function that draws from [0, 1), of the next call."""
+        """Return a function that draws from [0, 1) with the generator of the next call."""
         generator = self.next_generator()
         return lambda: float(torch.rand((), generator=generator, dtype=torch.float64))
 
     def state_dict(self) -> dict[str, int]:
-        """Seed and number of calls."""
+        """Return the seed and the number of calls."""
         return {"seed": self.seed, "num_calls": self.num_calls}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a state.
+        """Restore what :meth:`state_dict` returned.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: Result of :meth:`state_dict`.
         """
         self.seed, self.num_calls = state["seed"], state["num_calls"]

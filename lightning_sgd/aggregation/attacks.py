@@ -1,4 +1,4 @@
-"""Attacks of those who know what the honest workers send."""
+"""Attacks that use the rows of the honest workers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_sgd.functional.robust.attacks import alie_factor, largest_hidden_
 
 
 class SignFlip(Attack):
-    """Minus the own gradient, or minus the mean of the honest ones.
+    """Send minus the worker's own gradient, or minus the mean of the honest gradients.
 
     Args:
-        omniscient: Whether to flip the mean of the honest gradients in place of the own.
+        omniscient: Whether to flip the mean of the honest gradients instead of the worker's own.
 
     Example:
         >>> attack = SignFlip()
@@ -31,7 +31,7 @@ class SignFlip(Attack):
         self.scope = "columns" if omniscient else "own"
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Flipped."""
+        """Return rows of the opposite sign."""
         return -honest.mean(dim=0).expand_as(own) if self.omniscient else -own
 
 
@@ -39,7 +39,7 @@ class IPM(Attack):
     """Inner-product manipulation, or fall of empires: −ε times the mean of the honest rows.
 
     Args:
-        epsilon: Factor [ε]; 0.1 hides among the others and turns the mean of few; above n/f − 1 it turns any mean.
+        epsilon: Factor [ε]; 0.1 is hard to tell from honest rows; above n/f − 1 the mean changes its sign.
 
     Example:
         >>> IPM(0.5)(torch.tensor([[2.0], [4.0]]), torch.zeros(1, 1), torch.Generator())
@@ -58,7 +58,7 @@ class IPM(Attack):
         self.epsilon = epsilon
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Alike for all faulty workers."""
+        """Return the same row for all faulty workers."""
         return (-self.epsilon * honest.mean(dim=0)).expand_as(own)
 
 
@@ -66,8 +66,8 @@ class ALIE(Attack):
     r"""A little is enough: :math:`\mu - z \sigma`, off by less than honest workers are, in every coordinate.
 
     Args:
-        z: How many standard deviations; by default what leaves a majority on the attacker's side, and 1.5 where that is
-            not positive, as for few workers.
+        z: How many standard deviations; by default the paper's formula, by which a majority is on the attacker's
+            side, and 1.5 where it gives no positive number, as for few workers.
         sign: Of the deviation, −1 or 1.
 
     Example:
@@ -88,16 +88,18 @@ class ALIE(Attack):
         self.z, self.sign = z, sign
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Alike for all faulty workers."""
+        """Return the same row for all faulty workers."""
         z = self.z
         if z is None:
             z = alie_factor(len(honest) + len(own), len(own))
-            z = z if z > 0 else 1.5
+            z = (
+                z if z > 0 else 1.5
+            )  # the formula is below 0 for n = 8, f = 1: an attack that would help
         return (honest.mean(dim=0) + self.sign * z * _deviation(honest)).expand_as(own)
 
 
 class MinMax(Attack):
-    r"""As far as an outlier can go along −σ without being farther from any honest row than two of these are.
+    r"""Go as far along −σ as possible without being farther from any honest row than two honest rows are.
 
     :math:`\mu - \gamma \sigma` with the largest γ for which this holds, or, with ``by_sum``, for which its squared
     distances add up to no more than those of an honest row.
@@ -120,7 +122,7 @@ class MinMax(Attack):
         self.by_sum = by_sum
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Alike for all faulty workers."""
+        """Return the same row for all faulty workers."""
         direction = -_deviation(honest)
         gamma = largest_hidden_factor(honest, direction, by_sum=self.by_sum)
         return (honest.mean(dim=0) + gamma * direction).expand_as(own)
@@ -132,7 +134,7 @@ class OptimalFactor(Attack):
     Args:
         rule: The rule under attack; it is called on the rows of all workers, the honest ones first.
         direction: ``"alie"`` for −σ, ``"ipm"`` for −μ.
-        num_evaluations: How many factors to try: doubled while the error grows, then nearer and nearer to the best.
+        num_evaluations: How many factors to try: doubled while the error grows, then refined around the best.
 
     Example:
         >>> from lightning_sgd.aggregation import CoordinateMedian
@@ -157,12 +159,13 @@ class OptimalFactor(Attack):
         self.rule, self.direction, self.num_evaluations = rule, direction, num_evaluations
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Alike for all faulty workers."""
+        """Return the same row for all faulty workers."""
         mean = honest.mean(dim=0)
         direction = -_deviation(honest) if self.direction == "alie" else -mean
 
         def error(factor: float) -> float:
             sent = (mean + factor * direction).expand_as(own)
+            # A copy: trying a factor must not advance the state of the rule.
             result = copy.deepcopy(self.rule)(torch.cat([honest, sent]))
             return float((result - mean).norm())
 
@@ -170,5 +173,5 @@ class OptimalFactor(Attack):
 
 
 def _deviation(honest: Tensor) -> Tensor:
-    """Standard deviation of each column, with one degree of freedom less than rows."""
+    """Return the standard deviation of each column, dividing by one less than the number of rows."""
     return honest.std(dim=0) if len(honest) > 1 else torch.zeros_like(honest[0])

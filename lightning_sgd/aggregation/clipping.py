@@ -14,20 +14,21 @@ from lightning_sgd.functional.robust.geometric_median import distances_from
 
 
 class CenteredClipping(GramRule):
-    r"""The previous result, moved by the mean of what the rows are away from it, each no longer than ``radius``.
+    r"""The previous result plus the mean of the rows' differences from it, each clipped to the length ``radius``.
 
     .. math:: v \leftarrow v + \sum_i w_i (x_i - v) \min(1, \tau / \lVert x_i - v \rVert), \qquad \sum_i w_i = 1,
 
-    ``num_iterations`` times, from the result of the call before, at first from zero. That result is its state.
+    ``num_iterations`` times, starting at the result of the previous call, at first at zero. That result is its state.
 
     Cost: one Gram matrix of n + 1 rows.
 
     Args:
         num_byzantine: How many of the workers may be faulty [f].
-        radius: How far one row may move the result [τ], of the size of the distance of honest rows from each other;
-            ``"auto"`` takes the median distance of the rows from the result so far.
+        radius: How far one row may move the result [τ], about the distance of honest rows from each other;
+            ``"auto"`` takes the median distance of the rows from the current result. Values from papers that use the
+            momentum m ← βm + g must be multiplied by 1 − β for the momentum of ``ByzantineStrategy``.
         num_iterations: Steps per call [L].
-        worker_weights: Weight of each worker [w], such as its batch size; all alike by default.
+        worker_weights: Weight of each worker [w], such as its batch size; equal by default.
 
     Example:
         >>> rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [10.0, 10.0]])
@@ -59,8 +60,9 @@ class CenteredClipping(GramRule):
         self.radius, self.num_iterations = radius, num_iterations
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Of the rows, and last of the previous result."""
+        """Return the weights of the rows and, last, that of the previous result."""
         n = len(gram) - 1
+        # The current result is a combination a of rows and previous result, so the Gram matrix has all distances.
         a = torch.eye(n + 1, dtype=gram.dtype)[n]
         shares = self._shares(n)
         for _ in range(self.num_iterations):

@@ -1,4 +1,4 @@
-"""Rules by their names in a string, such as ``nnm+trmean``."""
+"""Rules from names in a string, such as ``nnm+trmean``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RULES: dict[str, tuple[Callable[..., Aggregator], dict[str, object]]] = {
     "caf": (SpectralFilter, {"stop": "agnostic"}),
     "dnc": (DnC, {}),
 }
-"""Rule and settings behind each name."""
+"""Rule and settings of each name."""
 
 STEPS: dict[str, Callable[..., PreAggregator]] = {
     "nnm": NNM,
@@ -50,11 +50,11 @@ STEPS: dict[str, Callable[..., PreAggregator]] = {
     "clip": Clip,
     "arc": ARC,
 }
-"""Pre-aggregation behind each name."""
+"""Pre-aggregation of each name."""
 
 
 def get_aggregator(spec: str | Aggregator, num_byzantine: int) -> Aggregator:
-    """The rule of a name, after the steps named before it.
+    """Build a rule, with its pre-aggregations, from names joined by ``+``.
 
     Args:
         spec: Such as ``"krum"``, ``"nnm+trmean"`` or, with settings,
@@ -62,7 +62,7 @@ def get_aggregator(spec: str | Aggregator, num_byzantine: int) -> Aggregator:
         num_byzantine: How many of the workers may be faulty [f].
 
     Raises:
-        ValueError: If a name or a setting is not known.
+        ValueError: If a name or a setting is not known, or ``spec`` holds another ``num_byzantine``.
 
     Example:
         >>> get_aggregator("nnm+trmean", num_byzantine=2)
@@ -85,6 +85,7 @@ def get_aggregator(spec: str | Aggregator, num_byzantine: int) -> Aggregator:
 
 
 def _calls(spec: str) -> list[tuple[str, dict[str, Any]]]:
+    """Parse a string to names with settings; as Python, so that nested brackets and quotes are right."""
     try:
         return [_call(part) for part in _summands(ast.parse(spec, mode="eval").body)]
     except (SyntaxError, ValueError):
@@ -112,6 +113,9 @@ def _rule(spec: str, name: str, settings: dict[str, Any], num_byzantine: int) ->
     remedy = f"Rules are {', '.join(RULES)}; before them may stand {', '.join(STEPS)}."
     expect(name in RULES, "aggregator", "a rule at its end", spec, remedy)
     make, defaults = RULES[name]
+    named = settings.get("num_byzantine", num_byzantine)
+    expected = f"{named}, as {name} has it"
+    expect(named == num_byzantine, "num_byzantine", expected, num_byzantine, "Give it once.")
     return _make(name, make, {**defaults, **settings, "num_byzantine": num_byzantine})
 
 

@@ -1,4 +1,4 @@
-"""Rules that look at every coordinate by itself."""
+"""Rules that treat every coordinate by itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CoordinateMedian(CoordinateRule):
     """
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
-        """The median of each column."""
+        """Return the median of each column."""
         return column_median(block)
 
 
@@ -52,7 +52,7 @@ class TrimmedMean(CoordinateRule):
     """
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
-        """The trimmed mean of each column."""
+        """Return the trimmed mean of each column."""
         return trimmed_mean(block, num_byzantine)
 
 
@@ -74,7 +74,7 @@ class MeaMed(CoordinateRule):
     """
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
-        """The mean near the median of each column."""
+        """Return the mean of the values nearest to the median of each column."""
         return mean_near_median(block, num_byzantine)
 
 
@@ -97,5 +97,5 @@ class Phocas(CoordinateRule):
     """
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
-        """The mean near the trimmed mean of each column."""
+        """Return the mean of the values nearest to the trimmed mean of each column."""
         return mean_near_trimmed_mean(block, num_byzantine)

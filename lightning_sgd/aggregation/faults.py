@@ -1,4 +1,4 @@
-"""Attacks that look at nobody else, and faults of memory, arithmetic and data."""
+"""Attacks that do not use the honest rows, and faults of memory, arithmetic and data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class GaussianAttack(Attack):
     """Independent normal noise in place of a gradient.
 
     Args:
-        mean: Of every coordinate.
-        std: Of every coordinate.
+        mean: Mean of every coordinate.
+        std: Standard deviation of every coordinate.
 
     Example:
         >>> GaussianAttack(std=0.0)(torch.ones(2, 1), torch.ones(1, 1), torch.Generator())
@@ -32,13 +32,13 @@ class GaussianAttack(Attack):
         self.mean, self.std = mean, std
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Different for every faulty worker."""
+        """Return a different row for every faulty worker."""
         noise = torch.randn(own.shape, generator=generator, device=generator.device)
         return (self.mean + self.std * noise).to(own)
 
 
 class ConstantAttack(Attack):
-    """The same number in every coordinate: 0 for workers that do not train.
+    """The same number in every coordinate, such as 0 for a worker that does not train.
 
     Args:
         value: The number.
@@ -54,7 +54,7 @@ class ConstantAttack(Attack):
         self.value = float(value)
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Alike for all faulty workers."""
+        """Return the same row for all faulty workers."""
         return torch.full_like(own, self.value)
 
 
@@ -97,7 +97,7 @@ class BitFlip(Attack):
         self.num_coordinates, self.bit = num_coordinates, bit
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Different for every faulty worker."""
+        """Return a different row for every faulty worker."""
         sent = own.clone()
         for row in sent:
             hit = torch.randint(
@@ -125,7 +125,7 @@ class LabelFlip:
         self.num_classes = num_classes
 
     def __call__(self, labels: Tensor) -> Tensor:
-        """The flipped labels.
+        """Flip labels.
 
         Args:
             labels: Classes from 0 to K − 1, of any shape.

@@ -17,23 +17,23 @@ from lightning_sgd.functional.robust.stacked_rows import squared_distances
 class GeometricMedian(GramRule):
     r"""The point with the smallest sum of distances to the rows, :math:`\arg\min_z \sum_i w_i \lVert x_i - z \rVert`.
 
-    If that is one of the rows, it is found exactly; else by steps of Weiszfeld's algorithm on the Gram matrix,
+    If that point is one of the rows, it is found exactly, otherwise by Weiszfeld's algorithm on the Gram matrix,
 
     .. math:: z \leftarrow \sum_i \beta_i x_i / \sum_i \beta_i, \qquad \beta_i = w_i / \max(\nu, \lVert x_i - z \rVert).
 
     Half of the rows may be arbitrary; the error is at most κ = 4(1 + f/(n − 2f))² times the variance of the honest
-    rows. With ``smoothing=0.1, num_iterations=3, start="zero"`` it is RFA as other libraries have it.
+    rows. With ``smoothing=0.1, num_iterations=3, start="zero"`` it is RFA as other libraries run it.
 
     Cost: one Gram matrix; a step takes n² multiplications.
 
     Args:
         num_byzantine: How many of the workers may be faulty [f].
-        smoothing: Distances below this count as this [ν]; by default a millionth of the median distance between rows,
-            after a look whether one of the rows is the median.
-        num_iterations: Steps at most.
-        tolerance: Stop when no weight changes by more.
-        start: Where to start, at the mean or at zero.
-        worker_weights: Weight of each worker's distance [w], such as its batch size; all alike by default.
+        smoothing: Smaller distances are replaced by this [ν]; by default a millionth of the median distance between
+            rows, and the rows themselves are tried first.
+        num_iterations: Largest number of steps.
+        tolerance: Stop when no weight changes by more than this.
+        start: Where to start: at the mean or at zero.
+        worker_weights: Weight of each worker's distance [w], such as its batch size; equal by default.
 
     Example:
         >>> GeometricMedian(1)(torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0], [9.0, 0.0], [1.0, 1.0]]))
@@ -69,15 +69,16 @@ class GeometricMedian(GramRule):
         expect(start in ("mean", "zero"), "start", "mean or zero", start, "The mean is nearer.")
         self.smoothing, self.num_iterations = smoothing, num_iterations
         self.tolerance, self.start = tolerance, start
-        self.centred = start == "mean"
+        self.centred = start == "mean"  # a start at zero needs the rows as they are
         super().__init__(num_byzantine)
         self._weigh_workers(worker_weights)
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Of the last step."""
+        """Return the weights of the last step."""
         masses = self._shares(len(gram))
         smoothing = self.smoothing
         if smoothing is None:
+            # Weiszfeld's steps converge slowly, or stop too early, where the median is one of the rows.
             exact = median_among_rows(gram, masses)
             if exact is not None:
                 return torch.eye(len(gram), dtype=gram.dtype)[exact]

@@ -1,4 +1,4 @@
-"""Krum and the rules that are built on its scores."""
+"""Krum and the rules built on its scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_sgd.functional.robust.stacked_rows import squared_distances
 
 
 def krum_scores(distances: Tensor, num_neighbours: int) -> Tensor:
-    """Sum of the squared distances of each row to its nearest others, of shape (n,).
+    """Sum the squared distances of each row to its nearest other rows, of shape (n,).
 
     Args:
         distances: Squared distances of shape (n, n), zero on the diagonal.
@@ -81,8 +81,9 @@ class MultiKrum(GramRule):
             expect(fits, name, f"at most {num_rows} − {f}", count, "Leave it out.")
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Alike for the rows that are selected."""
+        """Return uniform weights on the selected rows."""
         n = len(gram)
+        # The paper sums squared distances to n − f − 2 others. Other libraries take n − f − 1, or do not square.
         num_neighbours = self.num_neighbours or max(1, n - num_byzantine - 2)
         scores = krum_scores(squared_distances(gram), num_neighbours)
         num_selected = min(self.num_selected or n, n - num_byzantine)
@@ -160,6 +161,7 @@ class Bulyan(Aggregator):
         return torch.eye(len(gram), dtype=gram.dtype)[selected]
 
     def _selected(self, distances: Tensor, num_byzantine: int) -> list[int]:
+        # Scores are recomputed on the remaining rows, as in the paper; with those of the first round others would win.
         left = list(range(len(distances)))
         selected: list[int] = []
         for _ in range(len(distances) - 2 * num_byzantine):
@@ -169,5 +171,5 @@ class Bulyan(Aggregator):
         return selected
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
-        """The mean near the median of each column."""
+        """Return the mean of the values nearest to the median of each column."""
         return mean_near_median(block, 2 * num_byzantine)

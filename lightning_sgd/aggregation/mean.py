@@ -13,13 +13,13 @@ from lightning_sgd.functional.robust.stacked_rows import combine
 class Mean(CoordinateRule):
     r"""The mean of the rows, :math:`\sum_i w_i x_i / \sum_i w_i`; one arbitrary row makes it arbitrary.
 
-    Rows that are not finite are left out, up to ``num_byzantine`` of them: the least that a broken host calls for.
+    Rows that are not finite are left out, up to ``num_byzantine`` of them, so that one broken host does no harm.
 
     Cost: one pass over the rows.
 
     Args:
         num_byzantine: How many rows may be left out [f].
-        worker_weights: Weight of each worker, such as its batch size; all alike by default.
+        worker_weights: Weight of each worker, such as its batch size; equal by default.
 
     Example:
         >>> import torch
@@ -34,5 +34,5 @@ class Mean(CoordinateRule):
         self._weigh_workers(worker_weights)
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
-        """The mean of each column."""
+        """Return the mean of each column."""
         return combine(self._shares(len(block))[None], block)[0]

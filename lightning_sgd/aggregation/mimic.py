@@ -1,4 +1,4 @@
-"""An attack that only copies."""
+"""The mimic attack: copies of one honest row."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Mimic(Attack):
     r"""A copy of one honest worker's row, so that it counts several times.
 
     Args:
-        worker: Whose row to copy, counted among the honest; with a warm-up, during that.
-        num_warmup_steps: So many calls are spent on learning the direction z in which honest rows differ most; from
-            then on the row with the largest :math:`\langle x_i, z \rangle` is copied. 0 for none.
+        worker: Number of the honest worker whose row is copied; with a warm-up, during the warm-up only.
+        num_warmup_steps: Number of calls that learn the direction z in which honest rows differ most; after them the
+            row with the largest :math:`\langle x_i, z \rangle` is copied. 0 for none.
 
     Example:
         >>> Mimic()(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1), torch.Generator()).flatten()
@@ -41,7 +41,7 @@ class Mimic(Attack):
         self.direction: Tensor | None = None
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Alike for all faulty workers."""
+        """Return the same row for all faulty workers."""
         remedy = "Honest workers count from 0."
         expect(self.worker < len(honest), "worker", f"less than {len(honest)}", self.worker, remedy)
         if self.num_calls < self.num_warmup_steps:
@@ -51,7 +51,7 @@ class Mimic(Attack):
         return honest[self.worker].expand_as(own)
 
     def _learn(self, honest: Tensor, generator: torch.Generator) -> None:
-        """One step of the power iteration, on running means of the rows and of what it returns."""
+        """Take one step of the power iteration, with running means of the rows and of the direction."""
         self.num_calls += 1
         share = 1 / self.num_calls
         if self.mean is None or self.direction is None:
@@ -65,15 +65,15 @@ class Mimic(Attack):
         self.direction /= self.direction.norm().clamp_min(torch.finfo(image.dtype).tiny)
 
     def state_dict(self) -> dict[str, object]:
-        """Calls so far, and what was learned in them."""
+        """Return the number of calls, and the mean and direction learned in them."""
         learned = {} if self.mean is None else {"mean": self.mean, "direction": self.direction}
         return {"num_calls": self.num_calls, **learned}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a state.
+        """Restore what :meth:`state_dict` returned.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: Result of :meth:`state_dict`.
         """
         num_calls, mean, direction = (state.get(k) for k in ("num_calls", "mean", "direction"))
         assert isinstance(num_calls, int)

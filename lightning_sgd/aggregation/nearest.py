@@ -1,4 +1,4 @@
-"""Rules that keep the n − f rows nearest to something."""
+"""Rules that keep the n − f rows nearest to a centre."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_sgd.functional.robust.stacked_rows import squared_distances
 
 
 class FABA(GramRule):
-    """The mean after ``num_byzantine`` times the row farthest from the mean of those left has been deleted.
+    """The mean after deleting, ``num_byzantine`` times, the row farthest from the mean of the remaining rows.
 
     Cost: one Gram matrix.
 
@@ -28,11 +28,13 @@ class FABA(GramRule):
     """
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Alike for the rows that are left."""
+        """Return uniform weights on the remaining rows."""
         weights = torch.ones(len(gram), dtype=gram.dtype)
         for _ in range(num_byzantine):
             inner = gram @ (weights / weights.sum())
-            from_mean = gram.diagonal() - 2 * inner  # up to the squared norm of the mean
+            from_mean = (
+                gram.diagonal() - 2 * inner
+            )  # plus the squared norm of the mean, the same for all
             from_mean = torch.where(weights > 0, from_mean, -torch.inf)
             weights[int(from_mean.argsort(descending=True, stable=True)[0])] = 0.0
         return weights / weights.sum()
@@ -70,12 +72,12 @@ class MoNNA(GramRule):
         expect(self.trusted < num_rows, "trusted", f"less than {num_rows}", self.trusted, remedy)
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Alike for the rows nearest to the trusted one."""
+        """Return uniform weights on the rows nearest to the trusted one."""
         workers = self._workers(len(gram))
         remedy = "Its row is not finite, or far longer than the others; trust another worker."
         expect(self.trusted in workers, "trusted", f"one of {workers}", self.trusted, remedy)
         distances = squared_distances(gram)[workers.index(self.trusted)]
-        distances[workers.index(self.trusted)] = -1.0
+        distances[workers.index(self.trusted)] = -1.0  # first even among rows that are equal to it
         return _on_smallest(distances, len(gram) - num_byzantine)
 
 
@@ -101,7 +103,7 @@ class CGE(GramRule):
     centred = False
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Alike for the shortest rows."""
+        """Return uniform weights on the shortest rows."""
         return _on_smallest(gram.diagonal(), len(gram) - num_byzantine)
 
 

@@ -1,4 +1,4 @@
-"""Rules behind pre-aggregations."""
+"""A rule with pre-aggregations before it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_sgd.aggregation.pre_aggregation import PreAggregator
 
 
 class PreAggregated(Aggregator):
-    """A rule after one or more maps of the rows, by matrix products alone.
+    """A rule after one or more linear maps of the rows, by matrix products alone.
 
-    The Gram matrix that each step sees is :math:`M G M^T` of the one before; the rows are mixed once, by the product of
-    all matrices.
+    After a step with the matrix M the Gram matrix is :math:`M G M^T`; the rows themselves are mixed once, by the
+    product of all matrices.
 
     Args:
-        steps: What is done to the rows first, in this order.
-        rule: The rule that combines what comes out.
+        steps: The pre-aggregations, in this order.
+        rule: The rule that combines the mapped rows.
 
     Example:
         >>> from lightning_sgd.aggregation import NNM, CoordinateMedian
@@ -33,7 +33,7 @@ class PreAggregated(Aggregator):
     def __init__(self, steps: Sequence[PreAggregator], rule: Aggregator) -> None:
         self.steps, self.rule = list(steps), rule
         expect(bool(steps), "steps", "not empty", steps, "Use the rule by itself.")
-        remedy = "It mixes workers; use NNM, or a rule that takes all workers alike."
+        remedy = "It mixes workers; use NNM, or a rule that treats all workers equally."
         named = all(step.keeps_workers for step in self.steps) or not rule.names_workers
         expect(named, "steps", "such that rows still belong to workers", self.steps, remedy)
         self.uses_previous_output = rule.uses_previous_output
@@ -44,7 +44,7 @@ class PreAggregated(Aggregator):
         return " + ".join(map(repr, [*self.steps, self.rule]))
 
     def check(self, num_rows: int) -> None:
-        """Refuse numbers of rows for which the rule, after the steps, promises nothing."""
+        """Refuse a number of rows for which the rule, after the steps, has no guarantee."""
         super().check(num_rows)
         for step in self.steps:
             num_rows = step.num_rows(num_rows)
@@ -52,6 +52,7 @@ class PreAggregated(Aggregator):
 
     def _begin(self, kept: Sequence[int] | None, num_rows: int) -> None:
         super()._begin(kept, num_rows)
+        # Behind buckets a row belongs to no worker: the rule must not look up weights or a trusted worker by number.
         by_worker = all(step.keeps_workers for step in self.steps)
         self.rule._begin(kept if by_worker else None, num_rows)
 
@@ -65,6 +66,7 @@ class PreAggregated(Aggregator):
     def _step_matrix(self, step: PreAggregator, gram: Tensor, num_byzantine: int) -> Tensor:
         if not self.uses_previous_output:
             return step.matrix(gram, num_byzantine)
+        # The previous output, in the last row, is no worker: the steps leave it as it is.
         of_workers = step.matrix(gram[:-1, :-1], num_byzantine)
         matrix = gram.new_zeros(len(of_workers) + 1, len(gram))
         matrix[:-1, :-1] = of_workers
@@ -75,11 +77,11 @@ class PreAggregated(Aggregator):
         return self.rule._top_eigenvalue()
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
-        """What the rule does."""
+        """Combine mixed rows by the rule."""
         return self.rule.reduce(block, num_byzantine)
 
     def state_dict(self) -> dict[str, object]:
-        """The states of the steps and of the rule."""
+        """Return the states of the steps and of the rule."""
         return {
             **super().state_dict(),
             "steps": [step.state_dict() for step in self.steps],
@@ -87,10 +89,10 @@ class PreAggregated(Aggregator):
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a state.
+        """Restore what :meth:`state_dict` returned.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: Result of :meth:`state_dict`.
         """
         super().load_state_dict(state)
         states = cast("Sequence[Mapping[str, object]]", state["steps"])

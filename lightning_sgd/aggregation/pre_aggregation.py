@@ -1,4 +1,4 @@
-"""What happens to the rows before a rule sees them: matrices that compose."""
+"""Linear maps of the rows before a rule; their matrices compose."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class PreAggregator(ABC):
     """A linear map of n rows to m rows that depends on their Gram matrix.
 
     Attributes:
-        looks_at: What of the Gram matrix it needs. Distances are those of the rows less any vector; norms are not.
+        looks_at: The part of the Gram matrix that is needed. Distances allow to subtract any vector from all rows
+            first; norms do not.
         keeps_workers: Whether row i of the result still belongs to worker i.
     """
 
@@ -36,7 +37,7 @@ class PreAggregator(ABC):
 
     @abstractmethod
     def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """The map, of shape (m, n) in double precision.
+        """Compute the map, of shape (m, n) in double precision.
 
         Args:
             gram: Inner products of the rows, of shape (n, n) in double precision.
@@ -44,22 +45,22 @@ class PreAggregator(ABC):
         """
 
     def num_rows(self, num_rows: int) -> int:
-        """How many rows come out [m].
+        """Return the number of mapped rows [m].
 
         Args:
-            num_rows: How many go in [n].
+            num_rows: Number of rows before [n].
         """
         return num_rows
 
     @torch.no_grad()
     def __call__(self, rows: Rows, num_byzantine: int = 0, *, out: Tensor | None = None) -> Tensor:
-        """The mapped rows, of shape (m, d).
+        """Map the rows, to shape (m, d).
 
         Args:
             rows: Finite matrix of shape (n, d), or n vectors of length d.
             num_byzantine: How many rows may be faulty [f].
-            out: Where to write them, of the shape and type of the result and apart from the rows; by default fresh
-                memory, whose first touch costs about as much as the computation.
+            out: Where to write the result, of its shape and type, not overlapping the rows; by default new memory,
+                whose first use takes about as long as the computation.
         """
         rows = check_rows(rows)
         matrix = self.matrix(self._gram(rows), num_byzantine)
@@ -73,7 +74,7 @@ class PreAggregator(ABC):
         return result
 
     def _gram(self, rows: Rows) -> Tensor:
-        """As much of the Gram matrix as is looked at."""
+        """Compute the part of the Gram matrix that is needed."""
         if self.looks_at == "nothing":
             return torch.zeros(len(rows), len(rows), dtype=torch.float64)
         if self.looks_at == "norms":
@@ -82,14 +83,14 @@ class PreAggregator(ABC):
         return row_gram(rows, median_row(squared_row_norms(first)))
 
     def state_dict(self) -> dict[str, object]:
-        """What the next call depends on."""
+        """Return the state that the next call depends on."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a state.
+        """Restore what :meth:`state_dict` returned.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: Result of :meth:`state_dict`.
         """
         expect(not state, "state", "empty", dict(state), "It belongs to another pre-aggregation.")
 
@@ -114,7 +115,7 @@ class NNM(PreAggregator):
     """
 
     def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Each row holds 1/(n − f) for the nearest rows; of equally near ones those of lower number."""
+        """Return 1/(n − f) for the nearest rows of each row; of equally near rows those of lower number."""
         num_nearest = len(gram) - num_byzantine
         distances = squared_distances(gram).fill_diagonal_(
             -1.0
@@ -126,7 +127,7 @@ class NNM(PreAggregator):
 class Bucketing(PreAggregator):
     """Means of ``bucket_size`` rows each, in a random order that is drawn anew for every call.
 
-    The rule after it gets ⌈n/s⌉ rows, of which as many may be faulty as before; so it needs ⌈n/s⌉ > 2f.
+    The rule after it gets ⌈n/s⌉ rows, of which as many as before may be faulty, so it needs ⌈n/s⌉ > 2f.
 
     Cost: nothing before a rule on the Gram matrix.
 
@@ -152,11 +153,11 @@ class Bucketing(PreAggregator):
         self.bucket_size, self.draws = bucket_size, Draws(seed)
 
     def num_rows(self, num_rows: int) -> int:
-        """⌈n/s⌉."""
+        """Return ⌈n/s⌉."""
         return -(-num_rows // self.bucket_size)
 
     def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Each row holds the reciprocal of the size of its bucket where its members stand."""
+        """Return, for each bucket, the reciprocal of its size in the columns of its members."""
         n = len(gram)
         order = torch.randperm(n, generator=self.draws.next_generator())
         buckets = torch.split(order, self.bucket_size)
@@ -166,14 +167,14 @@ class Bucketing(PreAggregator):
         return matrix
 
     def state_dict(self) -> dict[str, object]:
-        """The number of calls so far."""
+        """Return the number of calls."""
         return {"draws": self.draws.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a state.
+        """Restore what :meth:`state_dict` returned.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: Result of :meth:`state_dict`.
         """
         self.draws.load_state_dict(cast("Mapping[str, int]", state["draws"]))
 
@@ -203,7 +204,7 @@ class Clip(PreAggregator):
         self.radius = radius
 
     def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Diagonal."""
+        """Return a diagonal matrix."""
         return _shortened(gram, self.radius)
 
     def __repr__(self) -> str:
@@ -211,7 +212,7 @@ class Clip(PreAggregator):
 
 
 class ARC(PreAggregator):
-    """Adaptive robust clipping: the ⌊2f(n − f)/n⌋ longest rows are made as long as the next one.
+    """Adaptive robust clipping: the ⌊2f(n − f)/n⌋ longest rows are shortened to the length of the next one.
 
     Cost: norms; a Gram matrix where a rule comes after it.
 
@@ -227,7 +228,7 @@ class ARC(PreAggregator):
     looks_at = "norms"
 
     def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Diagonal."""
+        """Return a diagonal matrix."""
         n = len(gram)
         num_clipped = 2 * num_byzantine * (n - num_byzantine) // n
         norms = gram.diagonal().sqrt().sort().values

@@ -1,4 +1,4 @@
-"""The spectral filter."""
+"""Rules that use the direction in which the rows spread most."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lightning_sgd.functional.robust.spectral_filter import (
 
 
 class SpectralFilter(GramRule):
-    r"""The mean after mass has been taken from rows that stretch the covariance; no :math:`\sqrt d` in its error.
+    r"""The mean after rows that increase the covariance most have lost weight; its error has no factor :math:`\sqrt d`.
 
     While the top eigenvalue λ of the covariance of the rows is too large, the mass of row i is multiplied by
-    :math:`1 - \tau_i/\max_j \tau_j`, where τᵢ is its squared projection on the top direction. Too large is, by
-    ``stop``,
+    :math:`1 - \tau_i/\max_j \tau_j`, where τᵢ is its squared projection on the top eigenvector. By ``stop``, λ is too
+    large if it is
 
-    - ``"noise_floor"``: above ``noise_factor`` times what noise alone would make of it, judged by the distances of
-      the rows from each other;
-    - ``"threshold"``: above :math:`\gamma \sigma_0^2`, ``gamma`` and ``sigma0``, for who knows how much honest
-      gradients scatter;
-    - ``"agnostic"``: always; of all weights on the way that leave at least 1 − 2f/n of the mass, those with the
-      smallest λ are taken. The other two end there as well if λ has not become small before.
+    - ``"noise_floor"``: above ``noise_factor`` times the value that noise alone would give, estimated from the
+      distances between the rows;
+    - ``"threshold"``: above :math:`\gamma \sigma_0^2`, by ``gamma`` and ``sigma0``, if the standard deviation of honest
+      gradients is known;
+    - ``"agnostic"``: always. Of all weights that leave at least 1 − 2f/n of the mass, those with the smallest λ are
+      taken. The other two rules end there as well if λ has not become small before.
 
     An attack that stays under the noise floor is not seen, and moves the result by no more than about the standard
     error of the honest mean. With f = 0 it is the mean.
@@ -39,14 +39,14 @@ class SpectralFilter(GramRule):
 
     Args:
         num_byzantine: How many of the workers may be faulty [f].
-        stop: When λ is small enough.
+        stop: Rule by which λ is small enough.
         sigma0: Standard deviation of honest gradients in their worst direction [σ₀], for ``"threshold"``.
         gamma: Factor by which λ may exceed σ₀² [γ], for ``"threshold"``.
         noise_factor: Factor by which λ may exceed the floor, for ``"noise_floor"``.
-        mode: ``"soft"`` takes mass in proportion to τ; ``"hard"`` takes all mass of rows with τ > U·max τ and none of
-            the others, U drawn anew from [0, 1].
-        worker_weights: Mass of each worker at the start, such as its batch size; all alike by default.
-        seed: Of U; the same on all ranks.
+        mode: ``"soft"`` removes mass in proportion to τ; ``"hard"`` removes rows with τ > U·max τ completely, with U
+            drawn anew from [0, 1].
+        worker_weights: Mass of each worker at the start, such as its batch size; equal by default.
+        seed: Seed of U; the same on all ranks.
 
     Example:
         >>> import torch
@@ -84,7 +84,7 @@ class SpectralFilter(GramRule):
         self._lambda: float | None = None
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """What the filter leaves of each row."""
+        """Return the share of each row after filtering."""
         masses = self._shares(len(gram))
         uniform = self.draws.next_uniform() if self.mode == "hard" else None
         floor = self._floor(gram, num_byzantine, float(masses.max()))
@@ -103,14 +103,14 @@ class SpectralFilter(GramRule):
         return self._lambda
 
     def state_dict(self) -> dict[str, object]:
-        """The number of draws so far."""
+        """Return the number of draws."""
         return {"draws": self.draws.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from a state.
+        """Restore what :meth:`state_dict` returned.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: Result of :meth:`state_dict`.
         """
         self.draws.load_state_dict(cast("Mapping[str, int]", state["draws"]))
 
@@ -125,16 +125,17 @@ def _check_sigma0(stop: str, sigma0: float | None) -> None:
 
 
 class DnC(GramRule):
-    """Divide and conquer: the mean without the rows that reach farthest in the direction of largest spread.
+    """Divide and conquer: the mean without the rows with the largest projections on the direction of largest spread.
 
-    Once, and by whole rows: ``filter_fraction`` · f of them. The spectral filter looks again after each removal, and
-    stops when nothing is left to remove.
+    ``filter_fraction`` · f rows are removed at once. The spectral filter computes the direction again after each
+    removal, and stops when the spread is that of noise. The paper repeats this on random subsets of the coordinates;
+    here all coordinates are used once.
 
     Cost: one Gram matrix and one eigenproblem of size n.
 
     Args:
         num_byzantine: How many of the workers may be faulty [f].
-        filter_fraction: How many rows to remove for each faulty one [c].
+        filter_fraction: How many rows to remove for each faulty one [c]; rounded down, c·f must be at least one row.
 
     Example:
         >>> DnC(1)(torch.tensor([[1.0], [2.0], [3.0], [90.0]]))
@@ -147,21 +148,23 @@ class DnC(GramRule):
 
     def __init__(self, num_byzantine: int, filter_fraction: float = 1.0) -> None:
         super().__init__(num_byzantine)
-        fits = is_finite_at_least(filter_fraction, 0.0)
-        expect(
-            fits, "filter_fraction", "a number that is not negative", filter_fraction, "1 is usual."
-        )
+        fits = is_finite_at_least(filter_fraction, 0.0) and filter_fraction > 0
+        remedy = "1 is usual; Mean removes no row."
+        expect(fits, "filter_fraction", "a positive number", filter_fraction, remedy)
+        # Fewer than one row is none: the mean, in the name of a robust rule.
+        removes = num_byzantine == 0 or int(filter_fraction * num_byzantine) >= 1
+        expect(removes, "filter_fraction", f"at least 1/{num_byzantine}", filter_fraction, remedy)
         self.filter_fraction = filter_fraction
 
     def check(self, num_rows: int) -> None:
-        """Refuse to remove all rows."""
+        """Refuse settings that would remove all rows."""
         super().check(num_rows)
         fits = self.filter_fraction * self.num_byzantine < num_rows
         remedy = "It would remove every row."
         expect(fits, "filter_fraction", f"less than {num_rows}/f", self.filter_fraction, remedy)
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Alike for the rows that are left."""
+        """Return uniform weights on the remaining rows."""
         n = len(gram)
         weights = torch.full((n,), 1 / n, dtype=gram.dtype)
         reach = largest_spread(gram, weights).projections

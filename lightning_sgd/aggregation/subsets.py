@@ -1,4 +1,4 @@
-"""Rules that keep the n − f rows that agree best with each other."""
+"""Rules that keep the best subset of n − f rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.aggregation._aggregator import GramRule
 from lightning_sgd.functional.robust.stacked_rows import squared_distances
-from lightning_sgd.functional.robust.subsets import smallest_covariance_subset
-from lightning_sgd.functional.robust.vertex_cover import smallest_diameter_subset
+from lightning_sgd.functional.robust.subsets import (
+    smallest_covariance_subset,
+    smallest_diameter_subset,
+)
 
 
 class MDA(GramRule):
@@ -35,18 +37,16 @@ class MDA(GramRule):
     """
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Alike for the rows of the subset."""
+        """Return uniform weights on the rows of the subset."""
         size = len(gram) - num_byzantine
-        return _alike(smallest_diameter_subset(squared_distances(gram), size), len(gram))
+        return _uniform_on(smallest_diameter_subset(squared_distances(gram), size), len(gram))
 
 
 class SMEA(GramRule):
-    """Smallest maximum eigenvalue averaging: the mean of the n − f rows that spread least in their worst direction.
+    """Smallest maximum eigenvalue averaging: the mean of the n − f rows of smallest top covariance eigenvalue.
 
-    That is, of those whose covariance has the smallest top eigenvalue.
-
-    All subsets are looked at, so that no more than 200 000 are accepted: n = 20 with f = 4 has 4845. Those that
-    cannot be the best one, by the norm and the trace of their covariance, cost no eigenproblem.
+    All subsets are tried, so no more than 200 000 are accepted: n = 20 with f = 4 has 4845. Subsets that cannot be the
+    best, by the norm and the trace of their covariance, cost no eigenproblem.
 
     Cost: one Gram matrix, and up to n!/(f!(n − f)!) eigenproblems of size n − f.
 
@@ -71,12 +71,12 @@ class SMEA(GramRule):
         expect(num_subsets <= 200_000, "num_byzantine", expected, self.num_byzantine, remedy)
 
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
-        """Alike for the rows of the subset."""
+        """Return uniform weights on the rows of the subset."""
         size = len(gram) - num_byzantine
-        return _alike(smallest_covariance_subset(gram, size), len(gram))
+        return _uniform_on(smallest_covariance_subset(gram, size), len(gram))
 
 
-def _alike(rows: list[int], num_rows: int) -> Tensor:
+def _uniform_on(rows: list[int], num_rows: int) -> Tensor:
     weights = torch.zeros(num_rows, dtype=torch.float64)
     weights[rows] = 1 / len(rows)
     return weights

@@ -9,10 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lightning_sgd.catalogue.methods import CATALOGUE
-from lightning_sgd.catalogue.records import FOLDERS, Kind, Method, Paper, Plugin
+from lightning_sgd.catalogue.methods import CATALOGUE, GROUPS
+from lightning_sgd.catalogue.records import (
+    FOLDERS,
+    TOPICS,
+    Group,
+    Kind,
+    Method,
+    Paper,
+    Plugin,
+    Topic,
+)
 
-__all__ = ["CATALOGUE", "FOLDERS", "Kind", "Method", "Paper", "Plugin", "find", "plugins"]
+__all__ = [
+    "CATALOGUE",
+    "FOLDERS",
+    "GROUPS",
+    "TOPICS",
+    "Group",
+    "Kind",
+    "Method",
+    "Paper",
+    "Plugin",
+    "Topic",
+    "find",
+    "plugins",
+]
 
 
 def plugins(kind: Kind | None = None) -> Iterator[Plugin]:
@@ -29,7 +51,7 @@ def plugins(kind: Kind | None = None) -> Iterator[Plugin]:
 
 
 def find(name: str) -> Method | None:
-    """The method with this key, title or public name, ignoring case; ``None`` if there is none.
+    """Find the method with this key, title or public name, ignoring case; ``None`` if there is none.
 
     Example:
         >>> find("MASS").title

@@ -1,16 +1,14 @@
-"""The single table of methods: one record each."""
+"""The single table of methods: one record each, then the names that belong to no paper of their own."""
 
 from __future__ import annotations
 
-from lightning_sgd.catalogue.records import Method, Paper, Plugin
-from lightning_sgd.functional.step_size.biased_sgd import BiasedSGDProblem
-
-_PROBLEM = BiasedSGDProblem(m=0.5, L=1.0, G2=0.1)
+from lightning_sgd.catalogue.records import Group, Method, Paper, Plugin
 
 CATALOGUE: tuple[Method, ...] = (
     Method(
         key="mass",
         core="optim.mass",
+        topic="steps",
         title="MaSS",
         summary="Nesterov SGD with a compensation term that keeps it stable at SGD's step size.",
         use_when="Nesterov momentum is unstable at the step size where plain SGD still trains.",
@@ -21,7 +19,7 @@ CATALOGUE: tuple[Method, ...] = (
             year=2020,
             url="https://arxiv.org/abs/1810.13395",
         ),
-        plugins=(Plugin(name="MaSS", kind="optimizer", settings={"lr": 0.1}),),
+        plugins=(Plugin(name="MaSS", kind="optimizer"),),
         helpers=(
             "MaSSHyperParameters",
             "mass_hyperparameters",
@@ -35,12 +33,14 @@ CATALOGUE: tuple[Method, ...] = (
     Method(
         key="novograd",
         core="optim.novograd",
+        topic="steps",
         title="NovoGrad",
         summary="SGD with momentum on gradients normalised layer by layer; half of Adam's optimizer memory.",
         use_when="Adam's memory is too much, or the step size must hold for any scale of loss and batch.",
         paper=Paper(
             title=(
-                "Training Deep Networks with Stochastic Gradient Normalized by Layerwise Adaptive Second Moments"
+                "Training Deep Networks with Stochastic Gradient Normalized by Layerwise "
+                "Adaptive Second Moments"
             ),
             authors=(
                 "Boris Ginsburg, Patrice Castonguay, Oleksii Hrinchuk, Oleksii Kuchaiev, Ryan Leary, "
@@ -50,11 +50,12 @@ CATALOGUE: tuple[Method, ...] = (
             year=2020,
             url="https://arxiv.org/abs/1905.11286",
         ),
-        plugins=(Plugin(name="NovoGrad", kind="optimizer", settings={"lr": 0.01}),),
+        plugins=(Plugin(name="NovoGrad", kind="optimizer"),),
     ),
     Method(
         key="rank_collapse",
-        core="spectra.rank_collapse",
+        core="spectra.spectral_stats",
+        topic="insight",
         title="Rank collapse",
         summary="Watches how mini-batch noise and weight decay drive weight matrices towards low rank.",
         use_when="You want to know which layers lose rank, die, or could be compressed, and since when.",
@@ -65,33 +66,17 @@ CATALOGUE: tuple[Method, ...] = (
             year=2025,
             url="https://arxiv.org/abs/2206.05794",
         ),
-        plugins=(
-            Plugin(
-                name="RankMonitor",
-                kind="callback",
-                settings={
-                    "min_side": 4,
-                    "every_n_steps": 1,
-                    "max_overhead": 1.0,
-                    "log_layers": True,
-                    "log_bound": True,
-                },
-                metric_keys=(
-                    "rank/rank_*",
-                    "rank/stable_rank",
-                    "rank/effective_rank",
-                    "rank/frobenius_norm",
-                    "rank/num_dead",
-                    "rank/bound_*",
-                    "rank/*/*",
-                ),
-            ),
+        plugins=(Plugin(name="RankMonitor", kind="callback"),),
+        helpers=(
+            "WeightRank",
+            "RankMe",
+            "spectral_stats",
         ),
-        helpers=("WeightRank", "RankMe", "spectral_stats"),
     ),
     Method(
         key="tail_index",
         core="noise.tail_index",
+        topic="insight",
         title="Tail index",
         summary="Watches how heavy-tailed gradient noise is, and says when the number is an artefact.",
         use_when="You want to know whether gradient noise is heavy-tailed before you clip or change the batch size.",
@@ -102,26 +87,7 @@ CATALOGUE: tuple[Method, ...] = (
             year=2019,
             url="https://arxiv.org/abs/1901.06053",
         ),
-        plugins=(
-            Plugin(
-                name="TailIndexMonitor",
-                kind="callback",
-                settings={
-                    "num_batches": 8,
-                    "every_n_steps": 2,
-                    "max_overhead": 1.0,
-                    "log_layers": True,
-                },
-                metric_keys=(
-                    "tail_index/coordinate",
-                    "tail_index/coordinate_error",
-                    "tail_index/pooled",
-                    "tail_index/pooled_shuffled",
-                    "tail_index/zero_fraction",
-                    "tail_index/coordinate/*",
-                ),
-            ),
-        ),
+        plugins=(Plugin(name="TailIndexMonitor", kind="callback"),),
         helpers=(
             "TailIndex",
             "TailIndexResult",
@@ -138,6 +104,7 @@ CATALOGUE: tuple[Method, ...] = (
     Method(
         key="gradient_gaussianity",
         core="noise.gradient_gaussianity",
+        topic="insight",
         title="Gaussianity",
         summary="Tests whether gradient noise is Gaussian, against what Gaussian noise of its covariance would give.",
         use_when="A theory or a rule for batch sizes supposes Gaussian gradient noise, and you want to see if it is.",
@@ -148,35 +115,7 @@ CATALOGUE: tuple[Method, ...] = (
             year=2019,
             url="https://arxiv.org/abs/1910.09626",
         ),
-        plugins=(
-            Plugin(
-                name="GaussianityMonitor",
-                kind="callback",
-                settings={
-                    "num_batches": 20,
-                    "num_directions": 16,
-                    "every_n_steps": 2,
-                    "max_overhead": 1.0,
-                    "log_layers": True,
-                },
-                metric_keys=(
-                    "gaussianity/rejected",
-                    "gaussianity/expected",
-                    "gaussianity/limit",
-                    "gaussianity/p_value",
-                    "gaussianity/coordinate_rejected",
-                    "gaussianity/coordinate_expected",
-                    "gaussianity/coordinate_limit",
-                    "gaussianity/coordinate_p_value",
-                    "gaussianity/statistic",
-                    "gaussianity/expected_statistic",
-                    "gaussianity/rejected_anderson_darling",
-                    "gaussianity/norm_kurtosis",
-                    "gaussianity/effective_dimension",
-                    "gaussianity/rejected/*",
-                ),
-            ),
-        ),
+        plugins=(Plugin(name="GaussianityMonitor", kind="callback"),),
         helpers=(
             "GradientGaussianity",
             "GaussianityResult",
@@ -194,39 +133,21 @@ CATALOGUE: tuple[Method, ...] = (
     Method(
         key="critical_batch_size",
         core="noise.noise_scale",
+        topic="insight",
         title="Critical batch size",
         summary="Watches the noise scale of gradients, and says which batch size still pays and which does not.",
         use_when="You want to know whether a larger batch would save steps, and how much larger the step may be.",
         paper=Paper(
             title=(
-                "Parallelizing Stochastic Gradient Descent for Least Squares Regression: Mini-batching, Averaging, "
-                "and Model Misspecification"
+                "Parallelizing Stochastic Gradient Descent for Least Squares Regression: "
+                "Mini-batching, Averaging, and Model Misspecification"
             ),
             authors="Prateek Jain, Sham M. Kakade, Rahul Kidambi, Praneeth Netrapalli, Aaron Sidford",
             venue="JMLR",
             year=2018,
             url="https://arxiv.org/abs/1610.03774",
         ),
-        plugins=(
-            Plugin(
-                name="CriticalBatchSizeMonitor",
-                kind="callback",
-                settings={
-                    "num_batches": 4,
-                    "every_n_steps": 2,
-                    "max_overhead": 1.0,
-                    "log_layers": True,
-                },
-                metric_keys=(
-                    "critical_batch_size/noise_scale",
-                    "critical_batch_size/low",
-                    "critical_batch_size/high",
-                    "critical_batch_size/noise_trace",
-                    "critical_batch_size/gradient_sq",
-                    "critical_batch_size/noise_scale/*",
-                ),
-            ),
-        ),
+        plugins=(Plugin(name="CriticalBatchSizeMonitor", kind="callback"),),
         helpers=(
             "GradientNoiseScale",
             "NoiseScale",
@@ -239,6 +160,7 @@ CATALOGUE: tuple[Method, ...] = (
     Method(
         key="local_sgd",
         core="distributed.local_sgd",
+        topic="network",
         title="Local SGD",
         summary="Every rank trains on its own, and now and then all go on from the mean of their models.",
         use_when="Waiting for the gradients of other ranks takes a good part of every step.",
@@ -250,33 +172,14 @@ CATALOGUE: tuple[Method, ...] = (
             url="https://arxiv.org/abs/1805.09767",
         ),
         plugins=(
-            Plugin(
-                name="LocalSGDStrategy",
-                kind="strategy",
-                settings={"period": 3},
-                metric_keys=(
-                    "comm/bytes_per_step",
-                    "comm/messages_per_step",
-                    "comm/blocked_seconds_per_step",
-                ),
-            ),
-            Plugin(
-                name="CommunicationMonitor",
-                kind="callback",
-                settings={"every_n_steps": 1, "max_overhead": 1.0},
-                metric_keys=(
-                    "communication/bytes_per_step",
-                    "communication/messages_per_step",
-                    "communication/blocked_seconds_per_step",
-                    "communication/blocked_share",
-                    "communication/consensus_distance",
-                ),
-            ),
+            Plugin(name="LocalSGDStrategy", kind="strategy"),
+            Plugin(name="CommunicationMonitor", kind="callback"),
         ),
     ),
     Method(
         key="hogwild",
         core="step_size.diminishing",
+        topic="steps",
         title="Hogwild!",
         summary="Step sizes that fall like 1/t, with proofs for SGD alone and for delayed lock-free updates.",
         use_when="SGD at a constant step size stops at a noise floor, or several processes update with delays.",
@@ -287,14 +190,13 @@ CATALOGUE: tuple[Method, ...] = (
             year=2018,
             url="https://arxiv.org/abs/1802.03801",
         ),
-        plugins=(
-            Plugin(name="DiminishingLR", kind="lr_scheduler", settings={"mu": 0.5, "L": 1.0}),
-        ),
+        plugins=(Plugin(name="DiminishingLR", kind="lr_scheduler"),),
         helpers=("diminishing_bound",),
     ),
     Method(
         key="biased_sgd",
         core="step_size.biased_sgd",
+        topic="steps",
         title="Biased SGD",
         summary="Plans step sizes for gradients with an error, and says how much error a training bears.",
         use_when="Gradients are compressed, rounded or inexact, and you want a step size and a budget for the error.",
@@ -306,28 +208,8 @@ CATALOGUE: tuple[Method, ...] = (
             url="https://arxiv.org/abs/1711.00987",
         ),
         plugins=(
-            Plugin(
-                name="BiasedSGDLR",
-                kind="lr_scheduler",
-                settings={"problem": _PROBLEM, "U0": 1.0, "delta": 0.01, "c": 0.01},
-            ),
-            Plugin(
-                name="GradientErrorMonitor",
-                kind="callback",
-                settings={
-                    "compressor": "int8",
-                    "problem": _PROBLEM,
-                    "every_n_steps": 1,
-                    "max_overhead": 1.0,
-                },
-                metric_keys=(
-                    "gradient_error/relative",
-                    "gradient_error/cosine",
-                    "gradient_error/delta",
-                    "gradient_error/c",
-                    "gradient_error/floor",
-                ),
-            ),
+            Plugin(name="BiasedSGDLR", kind="lr_scheduler"),
+            Plugin(name="GradientErrorMonitor", kind="callback"),
         ),
         helpers=(
             "BiasedSGDProblem",
@@ -344,6 +226,7 @@ CATALOGUE: tuple[Method, ...] = (
     Method(
         key="tra",
         core="optim.tra",
+        topic="steps",
         title="TRA",
         summary="Stages of a few steps, each pulled to its start and with falling steps, for tiny batches.",
         use_when="Memory allows batches of a few samples only, and training at the usual step size fails.",
@@ -355,14 +238,15 @@ CATALOGUE: tuple[Method, ...] = (
             url="https://doi.org/10.24963/ijcai.2019/604",
         ),
         plugins=(
-            Plugin(name="TRSGD", kind="optimizer", settings={"lr": 0.05, "inner_steps": 3}),
-            Plugin(name="TRAdam", kind="optimizer", settings={"lr": 0.01, "inner_steps": 3}),
-            Plugin(name="TrajectoryRegularization", kind="callback", settings={"inner_steps": 3}),
+            Plugin(name="TRSGD", kind="optimizer"),
+            Plugin(name="TRAdam", kind="optimizer"),
+            Plugin(name="TrajectoryRegularization", kind="callback"),
         ),
     ),
     Method(
         key="gossip_pga",
         core="distributed.gossip_pga",
+        topic="network",
         title="Gossip-PGA",
         summary="Ranks mix their models with neighbours in a graph after every step, and now and then with all.",
         use_when="The latency of all-reduces over many ranks takes a good part of every step.",
@@ -373,20 +257,7 @@ CATALOGUE: tuple[Method, ...] = (
             year=2021,
             url="https://arxiv.org/abs/2105.09080",
         ),
-        plugins=(
-            Plugin(
-                name="GossipPGAStrategy",
-                kind="strategy",
-                settings={"period": 3},
-                metric_keys=(
-                    "comm/bytes_per_step",
-                    "comm/messages_per_step",
-                    "comm/blocked_seconds_per_step",
-                    "gossip/consensus_distance",
-                    "gossip/period",
-                ),
-            ),
-        ),
+        plugins=(Plugin(name="GossipPGAStrategy", kind="strategy"),),
         helpers=(
             "Topology",
             "Mixing",
@@ -402,33 +273,26 @@ CATALOGUE: tuple[Method, ...] = (
     Method(
         key="overlap_local_sgd",
         core="distributed.overlap_local_sgd",
+        topic="network",
         title="Overlap-Local-SGD",
         summary="Local SGD that exchanges models in the background and pulls each towards the last mean.",
         use_when="Ranks of Local SGD still wait for each other, or one of them is late now and then.",
         paper=Paper(
-            title="Overlap Local-SGD: An Algorithmic Approach to Hide Communication Delays in Distributed SGD",
+            title=(
+                "Overlap Local-SGD: An Algorithmic Approach to Hide Communication Delays "
+                "in Distributed SGD"
+            ),
             authors="Jianyu Wang, Hao Liang, Gauri Joshi",
             venue="ICASSP",
             year=2020,
             url="https://arxiv.org/abs/2002.09539",
         ),
-        plugins=(
-            Plugin(
-                name="OverlapLocalSGDStrategy",
-                kind="strategy",
-                settings={"period": 3},
-                metric_keys=(
-                    "comm/bytes_per_step",
-                    "comm/messages_per_step",
-                    "comm/blocked_seconds_per_step",
-                    "overlap/anchor_distance",
-                ),
-            ),
-        ),
+        plugins=(Plugin(name="OverlapLocalSGDStrategy", kind="strategy"),),
     ),
     Method(
         key="byzantine",
         core="robust.spectral_filter",
+        topic="workers",
         title="Byzantine SGD",
         summary="Combines the gradients of ranks or micro-batches so that a few wrong ones do not matter.",
         use_when="A rank may compute wrongly, send NaN, or train on poisoned data, and training must go on.",
@@ -440,60 +304,28 @@ CATALOGUE: tuple[Method, ...] = (
             url="https://arxiv.org/abs/2005.07866",
         ),
         plugins=(
-            Plugin(
-                name="ByzantineStrategy",
-                kind="strategy",
-                settings={"aggregator": "filter"},
-                metric_keys=(
-                    "comm/bytes_per_step",
-                    "comm/messages_per_step",
-                    "comm/blocked_seconds_per_step",
-                ),
-            ),
-            Plugin(
-                name="ByzantineMonitor",
-                kind="callback",
-                settings={"every_n_steps": 1, "max_overhead": 1.0},
-                metric_keys=(
-                    "byzantine/weight/*",
-                    "byzantine/distance/*",
-                    "byzantine/rejected/*",
-                    "byzantine/num_rejected",
-                ),
-            ),
+            Plugin(name="ByzantineStrategy", kind="strategy"),
+            Plugin(name="ByzantineMonitor", kind="callback"),
         ),
     ),
     Method(
         key="priority_sampling",
         core="sampling.priority_sampling",
+        topic="data",
         title="Prioritized SGD",
         summary="Draws hard samples more often while training changes what is hard, with weights against the bias.",
         use_when="Most samples are learnt already, and every epoch still spends most of its time on them.",
         paper=Paper(
             title=(
-                "Distributed Framework for Accelerating Training of Deep Learning Models through Prioritization"
+                "Distributed Framework for Accelerating Training of Deep Learning Models "
+                "through Prioritization"
             ),
             authors="Tian Zhou, Lixin Gao",
             venue="IC2E",
             year=2021,
             url="https://doi.org/10.1109/IC2E52221.2021.00035",
         ),
-        plugins=(
-            Plugin(
-                name="PrioritySampling",
-                kind="callback",
-                settings={"uniform_mix": 0.5},
-                metric_keys=(
-                    "priority/effective_batch_share",
-                    "priority/max_weight",
-                    "priority/gain",
-                    "priority/lag",
-                    "priority/mean_age",
-                    "priority/effective_share",
-                    "priority/never_drawn",
-                ),
-            ),
-        ),
+        plugins=(Plugin(name="PrioritySampling", kind="callback"),),
         helpers=(
             "PrioritySampler",
             "PriorityBatchSampler",
@@ -503,4 +335,65 @@ CATALOGUE: tuple[Method, ...] = (
             "priority_mean",
         ),
     ),
+)
+
+GROUPS: tuple[Group, ...] = (
+    Group(
+        title="Robust aggregation: rules",
+        symbols=(
+            "Aggregator",
+            "CoordinateRule",
+            "GramRule",
+            "AggregationReport",
+            "get_aggregator",
+            "Mean",
+            "SpectralFilter",
+            "CoordinateMedian",
+            "TrimmedMean",
+            "MeaMed",
+            "Phocas",
+            "GeometricMedian",
+            "Krum",
+            "MultiKrum",
+            "Bulyan",
+            "MDA",
+            "SMEA",
+            "CenteredClipping",
+            "FABA",
+            "DnC",
+            "MoNNA",
+            "CGE",
+        ),
+    ),
+    Group(
+        title="Robust aggregation: steps before a rule",
+        symbols=("PreAggregator", "PreAggregated", "NNM", "Bucketing", "Clip", "ARC"),
+    ),
+    Group(
+        title="Robust aggregation: attacks and faults",
+        symbols=(
+            "Attack",
+            "SignFlip",
+            "IPM",
+            "ALIE",
+            "MinMax",
+            "OptimalFactor",
+            "Mimic",
+            "GaussianAttack",
+            "ConstantAttack",
+            "NonFinite",
+            "BitFlip",
+            "LabelFlip",
+        ),
+    ),
+    Group(
+        title="Data and models",
+        symbols=(
+            "DigitsDataModule",
+            "DigitsClassifier",
+            "ResumableDataLoader",
+            "partition_by_label",
+        ),
+    ),
+    Group(title="Warnings", symbols=("NoEffectWarning", "OutsideIntendedUseWarning")),
 )

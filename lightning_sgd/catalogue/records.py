@@ -1,9 +1,10 @@
-"""The schema of the catalogue: what is recorded of a method."""
+"""The schema of the catalogue: the fields of a method's record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
@@ -19,12 +20,25 @@ FOLDERS: Mapping[Kind, str] = MappingProxyType(
         "data": "lightning_sgd/data",
     }
 )
-"""Where, seen from the root of the repository, the adapters of each kind live."""
+"""The folder of each kind's adapters, relative to the root of the repository."""
+
+Topic: TypeAlias = Literal["steps", "network", "workers", "insight", "data"]
+
+TOPICS: Mapping[Topic, str] = MappingProxyType(
+    {
+        "steps": "Steps are unstable, or their size is unknown",
+        "network": "The network is slow",
+        "workers": "Some workers are wrong",
+        "insight": "What is going on in my training?",
+        "data": "The data holds more than training needs",
+    }
+)
+"""The heading of each topic on the page that leads from a symptom to a method."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paper:
-    """Where a method was published."""
+    """The publication of a method."""
 
     title: str
     authors: str
@@ -43,19 +57,22 @@ class Plugin:
     Attributes:
         name: Public name, ``lightning_sgd.<name>``.
         kind: What sort of object it is; decides the folder and the conformance suite.
-        settings: Arguments with which the conformance suites build it; required ones at least.
-        metric_keys: Keys that it logs; ``*`` stands for a layer name.
     """
 
     name: str
     kind: Kind
-    settings: Mapping[str, object] = field(default_factory=dict)
-    metric_keys: tuple[str, ...] = ()
 
     @property
     def class_path(self) -> str:
         """The spelling that works in every LightningCLI config."""
         return f"lightning_sgd.{self.name}"
+
+    @property
+    def metric_keys(self) -> tuple[str, ...]:
+        """The keys that the class declares to log; ``*`` stands for a layer, a rank or the like."""
+        cls = getattr(import_module("lightning_sgd"), self.name)
+        keys: tuple[str, ...] = getattr(cls, "metric_keys", ())
+        return keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +82,7 @@ class Method:
     Attributes:
         key: File stem shared by the test, the example and the card.
         core: Module below ``lightning_sgd.functional`` that holds the mathematics, such as ``optim.mass``.
+        topic: The symptoms among which the method is listed.
         title: Name of the method as the paper spells it.
         summary: One sentence: what it does.
         use_when: One sentence: the symptom that leads a user to it.
@@ -75,6 +93,7 @@ class Method:
 
     key: str
     core: str
+    topic: Topic
     title: str
     summary: str
     use_when: str
@@ -102,3 +121,16 @@ class Method:
         """Files that test the method, relative to the root of the repository."""
         folders = [FOLDERS[plugin.kind].removeprefix("lightning_sgd/") for plugin in self.plugins]
         return tuple(dict.fromkeys(f"tests/{folder}/test_{self.key}.py" for folder in folders))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Public names that belong together, and to no single method.
+
+    Attributes:
+        title: Heading in the API reference.
+        symbols: The names, the most important ones first.
+    """
+
+    title: str
+    symbols: tuple[str, ...]

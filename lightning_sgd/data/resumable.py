@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, warn_at_user_line
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -103,10 +102,9 @@ class ResumableDataLoader(DataLoader[T_co]):
         if restored is None or restored["epoch"] != self._here(0)["epoch"]:
             return 0
         if restored["num_batches_in_epoch"] != len(self):
-            warnings.warn(
+            warn_at_user_line(
                 f"The interrupted epoch had {restored['num_batches_in_epoch']} batches and now has {len(self)}, so "
                 "some of its samples may be seen twice and others not at all. The next epoch is complete.",
-                stacklevel=2,
             )
         return restored["num_batches"] if restored["num_batches"] < len(self) else 0
 

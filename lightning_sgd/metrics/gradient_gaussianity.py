@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect
 from lightning_sgd.functional.noise.gaussian_null import TestName
-from lightning_sgd.functional.noise.gaussianity_settings import GaussianitySettings
 from lightning_sgd.functional.noise.gradient_gaussianity import (
     GaussianityResult,
+    GaussianitySettings,
     gradient_gaussianity,
 )
 from lightning_sgd.functional.noise.gradient_sample import Coordinates

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import Words, expect
 from lightning_sgd.functional.spectra.spectral_stats import Measure, SpectralMeasures, StatsMethod
 from lightning_sgd.functional.spectra.weight_matrices import find_weight_matrices
 
@@ -109,7 +109,7 @@ class WeightRank(Metric):
             names == (self.names or names),
             "weights",
             f"the {len(self.names)} matrices of the update before",
-            f"{len(names)} others",
+            Words(f"{len(names)} others"),
             "Call `reset()` first, or use one metric per module.",
         )
         self.names = names
@@ -125,7 +125,7 @@ class WeightRank(Metric):
             return tuple(matrix.name for matrix in found), (matrix.read() for matrix in found)
         for name, weight in weights.items():
             remedy = "Leave biases out."
-            expect(weight.ndim >= 2, "weights", "matrices", f"a vector, `{name}`", remedy)
+            expect(weight.ndim >= 2, "weights", "matrices", Words(f"a vector, `{name}`"), remedy)
         return tuple(weights), (weight.flatten(1) for weight in weights.values())
 
     def compute(self) -> dict[str, Tensor]:

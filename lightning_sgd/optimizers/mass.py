@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_sgd._validation import (
+    Words,
     expect,
     is_finite_at_least,
     warn_no_effect,
@@ -312,7 +313,7 @@ def _check_group(group: ParamGroup) -> None:
             not group["restart_on_lr_drop"],
             "lr",
             "a float when `restart_on_lr_drop` is set",
-            "a tensor",
+            Words("a tensor"),
             "Comparing tensors would wait for the device at every step.",
         )
     else:

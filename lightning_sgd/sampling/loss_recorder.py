@@ -195,7 +195,7 @@ class LossRecorder:
         return self.weights.to(like.device, non_blocking=True)
 
 
-class Listening(TorchFunctionMode):
+class LossInterceptor(TorchFunctionMode):
     """While it is on, the loss functions of torch go through a recorder.
 
     Args:
@@ -227,7 +227,7 @@ class Listening(TorchFunctionMode):
 _ACTIVE: list[LossRecorder] = []
 
 
-class Overheard(Tensor):
+class TrackedTensor(Tensor):
     """Outputs of a network on their way to a loss, which they take to the recorder of the step.
 
     What is computed from them is overheard too, and everything else as fast as ever.

@@ -14,7 +14,12 @@ from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
 from lightning_sgd._validation import expect
 from lightning_sgd.sampling.draw import Draw
-from lightning_sgd.sampling.priority_table import Order, PriorityTable, Unseen
+from lightning_sgd.sampling.priority_table import (
+    Order,
+    PriorityTable,
+    Unseen,
+    check_table_settings,
+)
 
 
 class PrioritySampler(DistributedSampler[int]):
@@ -92,7 +97,18 @@ class PrioritySampler(DistributedSampler[int]):
         top: float = 0.5,
     ) -> None:
         data: Any = range(dataset) if isinstance(dataset, int) else dataset
-        _check(data, batch_size, warmup_epochs)
+        _check_data(data, batch_size)
+        settings: dict[str, Any] = {
+            "order": order,
+            "uniform_mix": uniform_mix,
+            "alpha": alpha,
+            "offset": offset,
+            "half_life": half_life,
+            "unseen": unseen,
+            "pressure": pressure,
+            "top": top,
+        }
+        check_sampler_settings(warmup_epochs=warmup_epochs, **settings)
         grouped = dist.is_available() and dist.is_initialized()
         num_replicas = (
             (dist.get_world_size() if grouped else 1) if num_replicas is None else num_replicas
@@ -101,9 +117,7 @@ class PrioritySampler(DistributedSampler[int]):
         super().__init__(data, num_replicas, rank, shuffle=True, seed=seed, drop_last=drop_last)
         self.batch_size, self.stratified, self.warmup_epochs = batch_size, stratified, warmup_epochs
         self.num_in_dataset = len(data)
-        self.table = PriorityTable(
-            self.num_in_dataset, order, uniform_mix, alpha, offset, half_life, unseen, pressure, top
-        )
+        self.table = PriorityTable(self.num_in_dataset, **settings)
         self.num_candidates = batch_size
         """How many samples per rank the next draws have, if that is not the batch size."""
         self.pending: deque[Draw] = deque()
@@ -263,7 +277,27 @@ class PriorityBatchSampler:
         return self.sampler.num_batches
 
 
-def _check(data: Any, batch_size: int, warmup_epochs: float) -> None:
+def check_sampler_settings(warmup_epochs: float, **table_settings: Any) -> None:
+    """Refuse settings that are out of range.
+
+    Args:
+        warmup_epochs: Uniform epochs at the start.
+        **table_settings: Those of :class:`PriorityTable`.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    check_table_settings(**table_settings)
+    expect(
+        warmup_epochs >= 0,
+        "warmup_epochs",
+        "at least 0",
+        warmup_epochs,
+        "1 gives every sample a score first.",
+    )
+
+
+def _check_data(data: Any, batch_size: int) -> None:
     expect(
         not isinstance(data, IterableDataset) and hasattr(data, "__len__"),
         "dataset",
@@ -273,10 +307,3 @@ def _check(data: Any, batch_size: int, warmup_epochs: float) -> None:
     )
     expect(len(data) >= 1, "dataset", "not empty", len(data), "Give it samples.")
     expect(batch_size >= 1, "batch_size", "at least 1", batch_size, "It counts samples per rank.")
-    expect(
-        warmup_epochs >= 0,
-        "warmup_epochs",
-        "at least 0",
-        warmup_epochs,
-        "1 gives every sample a score first.",
-    )

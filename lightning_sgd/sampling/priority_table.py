@@ -58,7 +58,7 @@ class PriorityTable:
         self.order, self.uniform_mix, self.alpha = order, uniform_mix, alpha
         self.offset, self.half_life, self.unseen = offset, half_life, unseen
         self.pressure, self.top = pressure, top
-        self._validate()
+        check_table_settings(order, uniform_mix, alpha, offset, half_life, unseen, pressure, top)
         self.num_samples = num_samples
         self.tree = SumTree(num_samples)
         self.scores = torch.ones(num_samples)
@@ -228,27 +228,32 @@ class PriorityTable:
         known = self.scores.numpy()[self.measured_at.numpy() >= 0]
         return np.concatenate([known, scores]).max(initial=0.0) or np.float32(1.0)
 
-    def _validate(self) -> None:
-        orders = ("proportional", "rank", "top")
-        expect(self.order in orders, "order", f"one of {', '.join(orders)}", self.order, "Choose.")
-        expect(
-            self.unseen in ("mean", "max"),
-            "unseen",
-            "'mean' or 'max'",
-            self.unseen,
-            "Choose one of them.",
-        )
-        remedy = "0.3 is the default; with beta=1 and a large step size take 0.5 or more."
-        expect(0 <= self.uniform_mix <= 1, "uniform_mix", "in [0, 1]", self.uniform_mix, remedy)
-        for name in ("alpha", "offset"):
-            value = getattr(self, name)
-            expect(is_finite_at_least(value, 0), name, "a number ≥ 0", value, "Leave it out.")
-        expect(
-            self.half_life is None or self.half_life > 0,
-            "half_life",
-            "a positive number of epochs",
-            self.half_life,
-            "`null` switches the decay off.",
-        )
-        expect(self.pressure >= 1, "pressure", "at least 1", self.pressure, "100 is usual.")
-        expect(0 < self.top <= 1, "top", "in (0, 1]", self.top, "It is a share of the samples.")
+
+def check_table_settings(
+    order: Order,
+    uniform_mix: float,
+    alpha: float,
+    offset: float,
+    half_life: float | None,
+    unseen: Unseen,
+    pressure: float,
+    top: float,
+) -> None:
+    """Refuse settings of :class:`PriorityTable` that are out of range."""
+    orders = ("proportional", "rank", "top")
+    expect(order in orders, "order", f"one of {', '.join(orders)}", order, "Choose one of them.")
+    known = unseen in ("mean", "max")
+    expect(known, "unseen", "'mean' or 'max'", unseen, "Choose one of them.")
+    remedy = "0.3 is the default; with beta=1 and a large step size take 0.5 or more."
+    expect(0 <= uniform_mix <= 1, "uniform_mix", "in [0, 1]", uniform_mix, remedy)
+    for name, value in (("alpha", alpha), ("offset", offset)):
+        expect(is_finite_at_least(value, 0), name, "a number ≥ 0", value, "Leave it out.")
+    expect(
+        half_life is None or half_life > 0,
+        "half_life",
+        "a positive number of epochs",
+        half_life,
+        "`null` switches the decay off.",
+    )
+    expect(pressure >= 1, "pressure", "at least 1", pressure, "100 is usual.")
+    expect(0 < top <= 1, "top", "in (0, 1]", top, "It is a share of the samples.")

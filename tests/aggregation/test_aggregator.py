@@ -155,6 +155,10 @@ def test_a_trusted_worker_keeps_its_number_when_others_are_dropped():
         (lambda: SMEA(10).check(40), "There are 847660528"),
         (lambda: DnC(1, filter_fraction=3).check(3), "filter_fraction"),
         (lambda: DnC(1, filter_fraction=-1), "filter_fraction"),
+        (lambda: DnC(1, filter_fraction=0), "filter_fraction"),  # would be the mean
+        (lambda: DnC(2, filter_fraction=0.4), "filter_fraction"),
+        (lambda: get_aggregator("filter(num_byzantine=3)", 2), "num_byzantine"),
+        (lambda: get_aggregator("nnm+krum(num_byzantine=1)", 2), "num_byzantine"),
         (lambda: GeometricMedian(1, smoothing=0.0), "smoothing"),
         (lambda: GeometricMedian(1, num_iterations=0), "num_iterations"),
         (lambda: GeometricMedian(1, tolerance=-1), "tolerance"),
@@ -258,6 +262,7 @@ def test_gradients_are_not_tracked():
         assert not get_aggregator(name, 1)(rows).requires_grad
 
 
+@pytest.mark.slow
 def test_memory_stays_below_a_copy_of_the_rows():
     # n × (n − f) × d would be 16 times the rows here; even one copy of them is too much for a large model.
     code = """

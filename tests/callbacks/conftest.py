@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.callback_checks import Subject
+from support.settings import SETTINGS
 
 import lightning_sgd
 from lightning_sgd.catalogue import plugins
@@ -33,10 +34,10 @@ def subject(plugin):
     """The callback with its conformance settings."""
 
     def make(**settings):
-        return getattr(lightning_sgd, plugin.name)(**{**plugin.settings, **settings})
+        return getattr(lightning_sgd, plugin.name)(**{**SETTINGS[plugin.name], **settings})
 
-    interval = "every_n_epochs" if "every_n_epochs" in plugin.settings else "every_n_steps"
-    longer = {interval: plugin.settings.get(interval, 1) + 1}
+    interval = "every_n_epochs" if "every_n_epochs" in SETTINGS[plugin.name] else "every_n_steps"
+    longer = {interval: SETTINGS[plugin.name].get(interval, 1) + 1}
     other_settings = OTHER_SETTINGS.get(plugin.name, longer)
     return Subject(make, plugin.metric_keys, is_observer(plugin), other_settings)
 

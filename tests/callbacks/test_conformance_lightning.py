@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support import callback_checks as checks
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 
 @pytest.mark.compatible("no logger, CSV, TensorBoard")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.settings import SETTINGS
 
 import lightning_sgd
 from lightning_sgd.catalogue import plugins
@@ -19,6 +20,8 @@ def make(plugin):
     """A function that builds the scheduler with its conformance settings."""
 
     def build(optimizer, **settings):
-        return getattr(lightning_sgd, plugin.name)(optimizer, **{**plugin.settings, **settings})
+        return getattr(lightning_sgd, plugin.name)(
+            optimizer, **{**SETTINGS[plugin.name], **settings}
+        )
 
     return build

@@ -147,6 +147,7 @@ def test_a_bound_that_explodes_does_not_end_the_training():
     assert 1e100 < schedule.U < math.inf
 
 
+@pytest.mark.slow
 def test_it_stops_above_the_floor_and_not_before():
     floor = (0.02**2 + 2 * 0.02**2) / (1 - 0.02**2)
     schedule = BiasedSGDLR(sgd(0.1), SHIFTED, U0=1.0, delta=0.02, c=0.02)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from support.schedules import advance, sgd
+from support.settings import SETTINGS
 from support.training import NUM_BATCHES, Regression, batches, loss_of, network, trainer
 from support.watching import assert_equal
 
@@ -170,7 +171,7 @@ def config(plugin, tmp_path, monkeypatch):
     """A config file with the lines of the scheduler."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-sgd"])
-    settings = {"class_path": plugin.class_path, "init_args": _as_yaml(plugin.settings)}
+    settings = {"class_path": plugin.class_path, "init_args": _as_yaml(SETTINGS[plugin.name])}
     file = tmp_path / "settings.yaml"
     file.write_text(CONFIG + yaml.safe_dump({"lr_scheduler": settings}))
     return file

@@ -81,6 +81,7 @@ def exact_errors(schedule, eigenvalues, variances, w, num_steps):
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0.0, 1.0, 30.0])
 def test_theorem_2_bounds_the_exact_error(start):
     # The bound must hold; and the error must fall like 1/t, by the classical constant α²σ²/(μ²(2αh/μ − 1)).

@@ -163,7 +163,7 @@ def test_plots_the_means():
         (lambda: WeightRank(tol=[2.0]), "`tol` to be a list of numbers"),
         (
             lambda: WeightRank().update({"bias": torch.zeros(3)}),
-            "`weights` to be matrices, got 'a vector",
+            "`weights` to be matrices, got a vector",
         ),
         (
             lambda: WeightRank(include="fc").update(nn.Linear(8, 8)),

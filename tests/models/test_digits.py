@@ -45,6 +45,7 @@ def model_of(**settings):
         return Trained(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "at_least"), [("mlp", 0.95), ("cnn", 0.97)])
 def test_learns_the_digits(tmp_path, architecture, at_least):
     # The figures that the documentation promises.
@@ -164,6 +165,7 @@ def test_trains_in_mixed_precision(tmp_path, architecture):
     assert next(model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_trains_with_a_compiled_network(tmp_path):
     # The "eager" backend traces as others do, without a compiler.
     plain, compiled = model_of(), model_of()

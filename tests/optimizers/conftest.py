@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+from support.settings import SETTINGS
 
 import lightning_sgd
 from lightning_sgd.catalogue import plugins
@@ -45,6 +46,6 @@ def make(plugin, request):
     optimizer_class = getattr(lightning_sgd, plugin.name)
 
     def build(params, **settings):
-        return optimizer_class(params, **{**plugin.settings, **switches, **settings})
+        return optimizer_class(params, **{**SETTINGS[plugin.name], **switches, **settings})
 
     return build

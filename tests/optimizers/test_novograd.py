@@ -13,6 +13,7 @@ from pytorch_optimizer import NovoGrad as PeerNovoGrad
 from support.parameters import gradients, parameters, run
 
 from lightning_sgd import NoEffectWarning, NovoGrad, OutsideIntendedUseWarning
+from lightning_sgd.functional.optim.kernels import SMALL, small_by_shape, squared_norms
 from lightning_sgd.functional.optim.novograd import (
     NovoGradSettings,
     fused_novograd_works,
@@ -20,8 +21,6 @@ from lightning_sgd.functional.optim.novograd import (
     novograd_for_loop_,
     novograd_fused_without_waiting_,
 )
-from lightning_sgd.functional.optim.small_tensors import SMALL, small_by_shape
-from lightning_sgd.functional.optim.squared_norms import squared_norms
 from lightning_sgd.optimizers.novograd import _choose_step
 
 IMPLEMENTATIONS = {

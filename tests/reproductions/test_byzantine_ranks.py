@@ -66,6 +66,7 @@ def test_robustness_ends_where_every_rank_has_classes_of_its_own():
         assert accuracy("sorted", "sign flip × 100", rule) < 0.9, rule
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_the_code_still_makes_a_number_of_the_table(ranks):
     setting = ranks.Setting("iid", "NaN", "filter", 4, 1)

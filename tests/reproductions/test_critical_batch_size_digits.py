@@ -65,6 +65,7 @@ def test_the_fit_finds_the_scale_of_exact_steps(script):
     assert script.fitted_scale(rows) == pytest.approx(30, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_recursion_is_the_oracle(script):
     rows, threshold = script.run_recursion()
     h = 1 / torch.arange(1.0, 51.0, dtype=torch.float64).numpy()

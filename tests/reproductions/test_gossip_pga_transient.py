@@ -72,6 +72,7 @@ def test_the_published_numbers_are_those_of_the_code():
             assert ours == pytest.approx(theirs[:2], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_gradients_and_solution_are_those_of_autograd():
     problem = transient.Problem(num_ranks=3, num_trials=2, seed=1)
     x = problem.solution[0].double().requires_grad_()

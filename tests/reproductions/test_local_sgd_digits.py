@@ -28,6 +28,7 @@ def test_one_shot_averaging_loses_nothing_in_least_squares(digits, num_ranks, ri
     assert digits.one_shot_risk(num_ranks) == pytest.approx(risk, abs=5e-10)
 
 
+@pytest.mark.slow
 def test_the_risk_is_that_of_a_simulation(digits):
     # Drawn: the mean of 4 tail averages of 400 runs each, with its standard error.
     torch.manual_seed(0)

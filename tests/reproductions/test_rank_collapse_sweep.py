@@ -42,6 +42,7 @@ def test_measures_are_numpys(sweep):
     assert measured["rank@0.04"] == pytest.approx(above, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_decay_lowers_the_rank_beyond_what_noise_does(sweep):
     settings = sweep.with_controls(sweep.QUICK)
     runs = sweep.train_all(settings, num_seeds=1)

@@ -162,6 +162,7 @@ def test_steps_against_batch_size():
     assert (slopes[0], slopes[4], slopes[-2]) == pytest.approx((0.87, 0.5, 0.08), abs=0.02)
 
 
+@pytest.mark.slow
 def test_nesterov_breaks_where_mass_is_best_on_digits():
     # The reproduction in small: 8 epochs of the 20, no Adam.
     def loss(method):

@@ -38,6 +38,7 @@ def test_the_card_shows_the_tables_of_the_runs(root):
     assert all(row in timings for row in rows)
 
 
+@pytest.mark.slow
 def test_sgd_fails_where_trsgd_and_its_controls_train(digits):
     # The reproduction in small: three epochs of the twelve, one seed.
     losses = {

@@ -83,6 +83,7 @@ def test_without_weights_it_is_biased(gradients):
     assert z_values(gradients, rows).abs().max() > 10
 
 
+@pytest.mark.slow
 def test_the_variance_is_that_of_the_formula_and_less_than_uniform(gradients):
     norms, mean_norm = gradients.norm(dim=1), gradients.mean(0).norm().item()
     found = {}
@@ -100,6 +101,7 @@ def test_the_variance_is_that_of_the_formula_and_less_than_uniform(gradients):
     assert found["exact"] < found["bound"] < found["uniform"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", [0.0, 0.3])
 def test_stratified_draws_do_not_have_more_variance(gradients, mix):
     variances = []
@@ -109,6 +111,7 @@ def test_stratified_draws_do_not_have_more_variance(gradients, mix):
     assert variances[0] < variances[1]
 
 
+@pytest.mark.slow
 def test_the_self_normalised_weights_are_nearly_unbiased(gradients):
     # `weight_norm="mean"`: a bias of the order of 1/b, as the docs say.
     sampler = PrioritySampler(N, B, warmup_epochs=0, half_life=None)

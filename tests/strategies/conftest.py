@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.settings import SETTINGS
 from support.strategy_training import FORK
 
 import lightning_sgd
@@ -20,6 +21,6 @@ def make(plugin):
     """A function that builds the strategy with its conformance settings, on forked processes."""
 
     def build(**settings):
-        return getattr(lightning_sgd, plugin.name)(**{**plugin.settings, **FORK, **settings})
+        return getattr(lightning_sgd, plugin.name)(**{**SETTINGS[plugin.name], **FORK, **settings})
 
     return build

@@ -17,6 +17,7 @@ from lightning_sgd._validation import expect
 from lightning_sgd.functional.spectra.gram import gram_matrix
 
 CHUNK = 4096
+_GIVE_PRODUCTS = "Give the inner products of m vectors."
 
 
 def noise_gram(rows: Tensor) -> Tensor:
@@ -61,6 +62,9 @@ def gram_projections(
     Returns:
         Shape (R, m), one direction in each row, in float64; NaN if the Gram matrix is not finite.
 
+    Raises:
+        ValueError: If an argument is out of range, or no vectors have these inner products.
+
     Example:
         >>> gram = 4 * torch.ones(3, 3)  # three vectors that are equal
         >>> z = gram_projections(gram, 5, torch.Generator().manual_seed(0))
@@ -69,17 +73,19 @@ def gram_projections(
     """
     remedy = "Each direction is one more row of the result."
     expect(num_directions >= 1, "num_directions", "at least 1", num_directions, remedy)
-    expect(
-        gram.ndim == 2 and gram.shape[0] == gram.shape[1],
-        "gram",
-        "of shape (m, m)",
-        tuple(gram.shape),
-        "Give the inner products of m vectors.",
-    )
+    expect(gram.ndim == 2, "gram", "of shape (m, m)", tuple(gram.shape), _GIVE_PRODUCTS)
+    _check_square(gram)
     normal = torch.randn(num_directions, len(gram), generator=generator, dtype=torch.float64)
     if not bool(gram.isfinite().all()):
         return torch.full_like(normal, torch.nan).to(gram.device)
+    # `eigh` reads one triangle only, and a negative eigenvalue would be cut to zero: both would hide a wrong matrix.
+    skew = float((gram - gram.mT).abs().amax()) if len(gram) else 0.0
     values, vectors = torch.linalg.eigh(gram.double())
+    lowest, largest = (float(value) for value in (values[0], values.abs().amax()))
+    rounding = len(gram) * torch.finfo(gram.dtype).eps * largest
+    expect(skew <= rounding, "gram", "symmetric", f"a difference of {skew:g}", _GIVE_PRODUCTS)
+    negative = "without negative eigenvalues"
+    expect(lowest >= -rounding, "gram", negative, lowest, _GIVE_PRODUCTS)
     half: Tensor = vectors * values.clamp_min(0.0).sqrt()
     return normal.to(gram.device) @ half.T
 
@@ -95,11 +101,23 @@ def effective_dimension(gram: Tensor) -> Tensor:
     Args:
         gram: Inner products of the vectors, shape (…, m, m).
 
+    Returns:
+        Shape (…); NaN where the matrix is zero, not finite, or no vectors have these inner products.
+
+    Raises:
+        ValueError: If the matrices are not square.
+
     Example:
         >>> effective_dimension(torch.eye(7)).item(), effective_dimension(torch.ones(7, 7)).item()
         (7.0, 1.0)
     """
-    return _trace(gram).square() / gram.square().sum(dim=(-2, -1))
+    _check_square(gram)
+    wide = gram.double()  # squares of float32 overflow from 2e19 on
+    squares = wide.diagonal(dim1=-2, dim2=-1)
+    dimension = squares.sum(dim=-1).square() / wide.square().sum(dim=(-2, -1))
+    # By Cauchy and Schwarz no matrix of inner products has less than 1; finite traces over infinite products have 0.
+    is_gram = (squares >= 0).all(dim=-1) & (dimension >= 1 - 1e-3)
+    return torch.where(is_gram, dimension, torch.nan).to(gram.dtype)
 
 
 def norm_excess_kurtosis(gram: Tensor) -> Tensor:
@@ -121,5 +139,7 @@ def norm_excess_kurtosis(gram: Tensor) -> Tensor:
     return 3 * squares.var(dim=-1, correction=0) / squares.mean(dim=-1).square()
 
 
-def _trace(gram: Tensor) -> Tensor:
-    return gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+def _check_square(gram: Tensor) -> None:
+    shape = tuple(gram.shape)
+    is_square = gram.ndim >= 2 and shape[-1] == shape[-2] > 0
+    expect(is_square, "gram", "of shape (m, m)", shape, _GIVE_PRODUCTS)

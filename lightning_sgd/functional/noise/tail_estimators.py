@@ -1,4 +1,4 @@
-"""Other ways to a tail index: by the largest samples, by quantiles, and by the characteristic function.
+"""Other estimators of a tail index, and samples of stable laws to try them on.
 
 Estimators by the largest samples (Hill, Pickands, DEDH) find the exponent of any power law, but for a stable law only
 if few enough samples are taken, and nothing sensible for Gaussian ones. Those by quantiles and by the characteristic
@@ -42,6 +42,9 @@ def hill_tail_index(samples: Tensor, num_largest: int) -> float:
         samples: The samples, in any order.
         num_largest: How many of the largest magnitudes to use [k].
 
+    Returns:
+        The index; infinite if the magnitudes are equal, NaN if a sample is not finite.
+
     Raises:
         ValueError: If there are not k + 1 samples that are not zero.
 
@@ -49,7 +52,8 @@ def hill_tail_index(samples: Tensor, num_largest: int) -> float:
         >>> round(hill_tail_index(torch.tensor([8.0, -4.0, 2.0, 1.0]), 2), 4)  # 2 / (ln 4 + ln 2)
         0.9618
     """
-    return 1 / float(_log_excesses(samples, num_largest).mean())
+    gamma = float(_log_excesses(samples, num_largest).mean())
+    return 1 / gamma if gamma else math.inf
 
 
 def pickands_tail_index(samples: Tensor, num_largest: int) -> float:
@@ -61,6 +65,9 @@ def pickands_tail_index(samples: Tensor, num_largest: int) -> float:
         samples: The samples, in any order.
         num_largest: Rank of the largest of the three magnitudes [k].
 
+    Returns:
+        The index; infinite if the spacings are equal, NaN if one of them is zero or a sample is not finite.
+
     Raises:
         ValueError: If there are not 4k samples that are not zero.
 
@@ -70,7 +77,11 @@ def pickands_tail_index(samples: Tensor, num_largest: int) -> float:
     """
     top = _largest(samples, num_largest, 4 * num_largest)
     first, second, fourth = (top[rank * num_largest - 1] for rank in (1, 2, 4))
-    return math.log(2) / float(((first - second) / (second - fourth)).log())
+    upper, lower = float(first - second), float(second - fourth)
+    if not (upper > 0 and lower > 0):
+        return math.nan  # ties say nothing of the tail
+    gamma = math.log(upper / lower)
+    return math.log(2) / gamma if gamma else math.inf
 
 
 def dedh_tail_index(samples: Tensor, num_largest: int) -> float:
@@ -84,6 +95,9 @@ def dedh_tail_index(samples: Tensor, num_largest: int) -> float:
     Args:
         samples: The samples, in any order.
         num_largest: How many of the largest magnitudes to use [k].
+
+    Returns:
+        The index; NaN if a sample is not finite.
 
     Raises:
         ValueError: If there are not k + 1 samples that are not zero.
@@ -107,6 +121,9 @@ def mcculloch_tail_index(samples: Tensor) -> float:
     Args:
         samples: The samples, in any order.
 
+    Returns:
+        The index; NaN if the inner quantiles are equal or a sample is not finite.
+
     Raises:
         ValueError: If there are fewer than 20 samples.
 
@@ -116,6 +133,8 @@ def mcculloch_tail_index(samples: Tensor) -> float:
     """
     flat = samples.detach().flatten().double().sort().values
     expect(len(flat) >= 20, "samples", "at least 20 numbers", len(flat), "Quantiles need more.")
+    if not bool(flat.isfinite().all()):  # sorting puts NaN above all numbers, as if it were large
+        return math.nan
     q05, q25, q75, q95 = (_quantile(flat, q) for q in (0.05, 0.25, 0.75, 0.95))
     if q75 == q25:
         return math.nan
@@ -154,6 +173,53 @@ def ecf_tail_index(samples: Tensor, arguments: tuple[float, float] = (0.2, 1.0))
     return math.log(decays[0] / decays[1]) / math.log(first / second)
 
 
+def sample_stable(
+    alpha: float,
+    shape: int | tuple[int, ...],
+    scale: float = 1.0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    r"""Independent samples of the symmetric α-stable law with characteristic function :math:`e^{-|st|^\alpha}`.
+
+    .. math::
+        \frac{\sin\alpha U}{(\cos U)^{1/\alpha}} \Big(\frac{\cos((1-\alpha)U)}{W}\Big)^{(1-\alpha)/\alpha}, \qquad
+        U \sim \mathrm{Uniform}(-\tfrac\pi2, \tfrac\pi2),\; W \sim \mathrm{Exponential}(1)
+
+    α = 2 is Gaussian with variance 2s², α = 1 is Cauchy.
+
+    Args:
+        alpha: Index of the law [α], in (0, 2].
+        shape: Shape of the tensor.
+        scale: Scale of the law [s].
+        generator: Where the random numbers come from; by default torch's global generator.
+        dtype: Type of the result; computed in float64.
+
+    Raises:
+        ValueError: If ``alpha`` or ``scale`` is out of range, or ``dtype`` is no floating-point type.
+
+    Example:
+        >>> sample_stable(1.5, (2, 3), generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 3])
+
+    Reference:
+        J. M. Chambers, C. L. Mallows, B. W. Stuck. A Method for Simulating Stable Random Variables. Journal of the
+        American Statistical Association 71, 1976.
+    """
+    expect(0 < alpha <= 2, "alpha", "in (0, 2]", alpha, "2 is Gaussian, 1 is Cauchy.")
+    expect(0 < scale < math.inf, "scale", "a positive number", scale, "The default is 1.")
+    remedy = "The default is torch.float64."
+    expect(dtype.is_floating_point, "dtype", "a floating-point type", dtype, remedy)
+    device = "cpu" if generator is None else generator.device
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
+    U = (uniform - 0.5) * math.pi
+    if alpha == 1:
+        return (scale * U.tan()).to(dtype)
+    W = torch.empty_like(U).exponential_(generator=generator)
+    power = ((1 - alpha) * U).cos().div(W).pow((1 - alpha) / alpha)
+    return (scale * (alpha * U).sin() / U.cos().pow(1 / alpha) * power).to(dtype)
+
+
 def _log_excesses(samples: Tensor, num_largest: int) -> Tensor:
     top = _largest(samples, num_largest, num_largest + 1)
     return (top[:-1] / top[-1]).log()
@@ -170,6 +236,8 @@ def _largest(samples: Tensor, num_largest: int, num_needed: int) -> Tensor:
         num_largest,
         "Take about a hundredth of the samples.",
     )
+    if not bool(magnitudes.isfinite().all()):
+        return torch.full((num_needed,), math.nan, dtype=torch.float64)
     return magnitudes.topk(num_needed).values
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.functional.optim.probes import powers_of_two, runs
+from lightning_sgd.functional.optim.kernels import powers_of_two, runs
 
 
 @dataclass(frozen=True, slots=True)

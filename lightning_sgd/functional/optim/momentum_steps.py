@@ -12,7 +12,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lightning_sgd.functional.optim.probes import powers_of_two, runs, signs
+from lightning_sgd.functional.optim.kernels import powers_of_two, runs, signs
 
 
 @dataclass(frozen=True, slots=True)

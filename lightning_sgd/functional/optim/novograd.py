@@ -33,9 +33,13 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sgd.functional.optim.probes import powers_of_two, runs
-from lightning_sgd.functional.optim.small_tensors import small_by_shape, stack_scaled
-from lightning_sgd.functional.optim.squared_norms import squared_norms
+from lightning_sgd.functional.optim.kernels import (
+    powers_of_two,
+    runs,
+    small_by_shape,
+    squared_norms,
+    stack_scaled,
+)
 
 NovoGradVariant: TypeAlias = Literal["paper", "apex", "openseq2seq"]
 

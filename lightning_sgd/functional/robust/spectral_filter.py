@@ -74,7 +74,7 @@ def spectral_filter(
             the covariance, so that weights under which more than 2f/n of the mass is gone are never taken.
         floor: Stop at a top eigenvalue no larger than this. Without it, or if it is not reached, the weights are
             returned under which the top eigenvalue was smallest.
-        masses: Mass of each row at the start [c], all alike by default.
+        masses: Mass of each row at the start [c], equal by default.
         uniform: Draws U from [0, 1): rows with τ > U·max τ lose all their mass at once, the others nothing. By
             default mass is removed in proportion to τ.
 

@@ -18,7 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lightning_sgd._validation import expect, warn_no_effect, warn_outside_intended_use
+from lightning_sgd._validation import Words, expect, warn_no_effect, warn_outside_intended_use
 
 GATES = {
     nn.LSTM: ("input", "forget", "cell", "output"),
@@ -165,7 +165,7 @@ class _Candidate(NamedTuple):
 def _candidates(root: nn.Module) -> Iterator[_Candidate]:
     for path, module, name, parameters in _weights(root):
         for parameter in parameters:
-            expect(not is_lazy(parameter), "module", "initialized", f"the lazy {path}", LAZY)
+            expect(not is_lazy(parameter), "module", "initialized", Words(f"the lazy {path}"), LAZY)
         with torch.no_grad():
             weight = _effective_weight(module, name)
         if weight.ndim < 2 or not (weight.is_floating_point() or weight.is_complex()):

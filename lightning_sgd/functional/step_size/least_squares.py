@@ -1,8 +1,8 @@
-r"""How large a batch, and how large a step, mini-batch SGD on least squares can use.
+r"""Constants of a least-squares problem, and what follows for batch size and step size of mini-batch SGD.
 
 For samples (x, y), H = E[xxᵀ] and the residual ε of the best w, with Σ = E[ε²xxᵀ],
 
-- R² is the smallest number with E[‖x‖²xxᵀ] ⪯ R²·H,
+- R² is the smallest number with E[‖x‖²xxᵀ] ⪯ R²·H, the L₁ of the paper about MaSS,
 - ρ = d·λmax(S)/Tr(S) with HS + SH = Σ says how far the noise is from ε independent of x, where it is 1.
 
 The largest step for which the rates of the paper hold, of twice the step of its theorems, is
@@ -15,12 +15,38 @@ which grows like b until R²ρ and (b − 1)·‖H‖ are the same, at b = 1 + �
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import Words, expect
+
+_NOTHING = "There is nothing to learn from zeros: check the data set."
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionNumbers:
+    """What the convergence of SGD and MaSS on interpolated least squares depends on.
+
+    Attributes:
+        L: Largest eigenvalue of H = E[xxᵀ].
+        L1: Smallest number with E[‖x‖²xxᵀ] ⪯ L1·H.
+        mu: Smallest non-zero eigenvalue of H [μ].
+        kappa_tilde: Smallest number with E[⟨x, H⁺x⟩xxᵀ] ⪯ κ̃·H, the statistical condition number [κ̃].
+    """
+
+    L: float
+    L1: float
+    mu: float
+    kappa_tilde: float
+
+    @property
+    def kappa(self) -> float:
+        """The condition number of H [κ = L/μ]."""
+        return self.L / self.mu
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +115,78 @@ def max_learning_rate(
     return 2 * batch_size / (constants.R2 * rho + (batch_size - 1) * constants.norm_h)
 
 
+def estimate_condition_numbers(
+    features: Tensor | Iterable[Any],
+    *,
+    feature_map: Callable[[Any], Tensor] | None = None,
+    num_samples: int = 4096,
+    rtol: float | None = None,
+) -> ConditionNumbers:
+    r"""Exact condition numbers of the empirical distribution of some features.
+
+    One thin singular value decomposition :math:`X = U S V^\top` of the (n, d) features gives everything: with
+    :math:`u_i` the rows of :math:`U`,
+
+    .. math::
+        H = V \tfrac{S^2}{n} V^\top, \quad
+        L_1 = \lambda_{\max}\Big(\sum_i \|x_i\|^2 u_i u_i^\top\Big), \quad
+        \tilde\kappa = \lambda_{\max}\Big(n \sum_i \|u_i\|^2 u_i u_i^\top\Big).
+
+    The estimate of κ̃ from n samples is at most n, and exactly n when the samples are linearly independent (d ≥ n):
+    a pessimistic value. For a network take few features (its last hidden layer), or treat κ̃ as a knob.
+
+    Cost: O(n·d·min(n, d)) time and O(n·d) memory in float64, with n at most ``num_samples``.
+
+    Args:
+        features: Tensor of shape (n, …), flattened to (n, d), or an iterable of batches such as a DataLoader.
+        feature_map: Turns a batch into a tensor of shape (n, …); by default a batch is the tensor itself, the first
+            entry of a tuple or list, or the first value of a mapping.
+        num_samples: How many samples to read from an iterable at most.
+        rtol: Singular values below this fraction of the largest count as zero; by default those that the precision
+            of the features' type does not resolve, max(n, d) times its machine epsilon in float32 and float64.
+
+    Returns:
+        The condition numbers.
+
+    Raises:
+        ValueError: If there are no samples, or all are zero, or some are not finite.
+
+    Example:
+        >>> numbers = estimate_condition_numbers(torch.eye(4))
+        >>> numbers.kappa, numbers.kappa_tilde
+        (1.0, 4.0)
+    """
+    if isinstance(features, Tensor):
+        rows = (feature_map or _first_tensor)(features)
+    else:
+        rows = _gather(features, feature_map or _first_tensor, num_samples)
+    x = rows.detach().flatten(start_dim=1)
+    expect(
+        len(x) > 0, "features", "at least one sample", Words("none"), "Use a non-empty data set."
+    )
+    finite = bool(x.isfinite().all())
+    expect(finite, "features", "finite", Words("NaN or Inf"), "Clean or scale the data first.")
+    found = _decompose(x, rtol)
+    leverages = found.u.square().sum(dim=1)
+    return ConditionNumbers(
+        L=found.norm_h,
+        L1=found.fourth_moment,
+        mu=found.mu,
+        # The bound holds exactly; rounding must not break it for those who check.
+        kappa_tilde=max(1.0, _largest_eigenvalue(found.u, len(x) * leverages)),
+    )
+
+
 @torch.no_grad()
 def least_squares_constants(
-    features: Tensor, residuals: Tensor, rtol: float = 1e-6
+    features: Tensor, residuals: Tensor, rtol: float | None = None
 ) -> LeastSquaresConstants:
     r"""The constants of the empirical distribution of some samples.
 
     For a network take the features of its last hidden layer and the residuals of a linear output. One thin singular
     value decomposition :math:`X/\sqrt N = U W^{1/2} V^\top` gives everything: :math:`R^2 = \lambda_{\max}(U^\top
     \mathrm{diag}(\|x_i\|^2) U)`, which is at most :math:`\max_i \|x_i\|^2` and just that where samples are linearly
-    independent.
+    independent. ``R2``, ``norm_h`` and ``mu`` are ``L1``, ``L`` and ``mu`` of :func:`estimate_condition_numbers`.
 
     ρ is too large for few samples: 1.4 instead of 1 for 2000 Gaussian samples in 50 dimensions. Look at the batch size
     with ``well_specified``, too.
@@ -108,23 +196,24 @@ def least_squares_constants(
     Args:
         features: Of each sample, shape (N, …), flattened to (N, d) [x].
         residuals: Target less prediction of each sample, shape (N,) or (N, 1) [ε].
-        rtol: Eigenvalues of H below this share of the largest are taken for zero.
+        rtol: Eigenvalues of H below this share of the largest are taken for zero; by default those that the
+            precision of the features does not resolve, as in :func:`estimate_condition_numbers`.
 
     Raises:
         ValueError: If shapes do not fit or features vanish.
     """
-    x = features.detach().flatten(1).double()
+    x = features.detach().flatten(1)
     r = residuals.detach().flatten().double()
     remedy = "Give one residual, target less prediction, for each row of features."
     expect(len(x) == len(r) > 0, "residuals", f"{len(x)} numbers", tuple(residuals.shape), remedy)
     finite = bool(x.isfinite().all() and r.isfinite().all())
-    expect(finite, "features and residuals", "finite", "NaN or Inf", "Leave out what overflowed.")
-    u, s, _ = torch.linalg.svd(x / math.sqrt(len(x)), full_matrices=False)
-    kept = _kept(s.square(), rtol)
-    u, s = u[:, kept], s[kept]
-    fourth = u.T @ (x.square().sum(dim=1, keepdim=True) * u)
-    noise = s[:, None] * (u.T @ (r.square()[:, None] * u)) * s
-    return _constants(s.square(), fourth, noise)
+    remedy = "Leave out what overflowed."
+    expect(finite, "features and residuals", "finite", Words("NaN or Inf"), remedy)
+    found = _decompose(x, None if rtol is None else math.sqrt(rtol))
+    # Σ in the basis of the eigenvectors; the factors s keep small directions to full precision.
+    s = found.eigenvalues.sqrt()
+    noise = s[:, None] * _second_moment(found.u, r.square()) * s
+    return _constants(found.eigenvalues, found.fourth_moment, noise)
 
 
 @torch.no_grad()
@@ -146,28 +235,103 @@ def constants_of_moments(
         (6.499, 7.5)
     """
     w, v = torch.linalg.eigh(second.double())
-    kept = _kept(w, rtol)
+    kept = rtol * w[-1] < w
+    expect(bool(kept.any()), "second", "not zero", Words("only zeros"), _NOTHING)
     w, v = w[kept], v[:, kept]
     whitened = v / w.sqrt()
-    return _constants(w, whitened.T @ fourth.double() @ whitened, v.T @ noise.double() @ v)
+    r2 = float(torch.linalg.eigvalsh(whitened.T @ fourth.double() @ whitened)[-1])
+    return _constants(w, r2, v.T @ noise.double() @ v)
 
 
-def _kept(eigenvalues: Tensor, rtol: float) -> Tensor:
-    largest = float(eigenvalues.max()) if len(eigenvalues) else 0.0
-    expect(largest > 0, "features", "not all zero", largest, "There is nothing to learn from them.")
-    return eigenvalues > rtol * largest
+class _Decomposition(NamedTuple):
+    """What the features X, of shape (n, d), say about H = XᵀX/n of rank r.
+
+    Attributes:
+        u: Left singular vectors, shape (n, r).
+        eigenvalues: Of H, the largest first, shape (r,).
+        fourth_moment: Smallest number with E[‖x‖²xxᵀ] ⪯ R²·H [R², L₁].
+    """
+
+    u: Tensor
+    eigenvalues: Tensor
+    fourth_moment: float
+
+    @property
+    def norm_h(self) -> float:
+        return float(self.eigenvalues[0])
+
+    @property
+    def mu(self) -> float:
+        return float(self.eigenvalues[-1])
 
 
-def _constants(w: Tensor, fourth: Tensor, noise: Tensor) -> LeastSquaresConstants:
-    """From the eigenvalues of H, the fourth moment whitened by H, and Σ in the basis of the eigenvectors."""
+def _decompose(x: Tensor, rtol: float | None) -> _Decomposition:
+    # Of X and not of H: singular values are known to ε of the largest, so eigenvalues of H down to ε²‖H‖. A
+    # decomposition of H itself, or a cut-off made for one, would lose all below ε‖H‖.
+    wide = x.double()
+    u, s, _ = torch.linalg.svd(wide, full_matrices=False)
+    kept = (_precision(x) if rtol is None else rtol) * s[0] < s
+    expect(bool(kept.any()), "features", "not all zero", Words("only zeros"), _NOTHING)
+    u, eigenvalues = u[:, kept], s[kept].square() / len(x)
+    fourth_moment = _largest_eigenvalue(u, wide.square().sum(dim=1))
+    # L ≤ L₁ holds exactly; rounding must not break it for those who check.
+    return _Decomposition(u, eigenvalues, max(fourth_moment, float(eigenvalues[0])))
+
+
+def _precision(x: Tensor) -> float:
+    """Share of the largest singular value below which rounding makes singular values out of nothing."""
+    stored = x.dtype if x.is_floating_point() else torch.double
+    # NumPy's rule for the arithmetic behind the features, which is no less precise than float32. Rounding the result
+    # to a narrower type moves singular values by at most ε‖X‖_F/2 ≤ ε·√min(n, d)·σ₁.
+    arithmetic = max(x.shape) * torch.finfo(torch.promote_types(stored, torch.float32)).eps
+    return max(arithmetic, math.sqrt(min(x.shape)) * torch.finfo(stored).eps)
+
+
+def _second_moment(u: Tensor, weights: Tensor) -> Tensor:
+    return u.mT @ (weights[:, None] * u)
+
+
+def _constants(w: Tensor, r2: float, noise: Tensor) -> LeastSquaresConstants:
+    """From the eigenvalues of H, R², and Σ in the basis of the eigenvectors."""
     solution = noise / (w[:, None] + w)  # HS + SH = Σ
     trace = float(solution.trace())
     largest = float(torch.linalg.eigvalsh(solution)[-1])
     return LeastSquaresConstants(
-        R2=float(torch.linalg.eigvalsh(fourth)[-1]),
+        R2=r2,
         norm_h=float(w.max()),
         mu=float(w.min()),
         rho_m=len(w) * largest / trace if trace > 0 else 1.0,  # without noise it does not matter
         sigma2_mle=2 * trace,
         rank=len(w),
     )
+
+
+def _largest_eigenvalue(u: Tensor, weights: Tensor) -> float:
+    return float(torch.linalg.eigvalsh(_second_moment(u, weights))[-1])
+
+
+def _gather(
+    batches: Iterable[Any], feature_map: Callable[[Any], Tensor], num_samples: int
+) -> Tensor:
+    collected: list[Tensor] = []
+    missing = num_samples
+    for batch in batches:
+        rows = feature_map(batch)[:missing]
+        collected.append(rows)
+        missing -= len(rows)
+        if missing <= 0:
+            break
+    return torch.cat(collected) if collected else torch.empty(0, 1)
+
+
+def _first_tensor(batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        batch = next(iter(batch.values()))
+    elif isinstance(batch, Sequence):
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        raise TypeError(
+            f"Expected a batch to be or to begin with a tensor, got {type(batch).__name__}. "
+            "Pass `feature_map`, a function from a batch to its features."
+        )
+    return batch

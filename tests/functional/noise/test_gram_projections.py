@@ -111,7 +111,25 @@ def test_wrong_arguments_are_refused_and_broken_ones_give_nan():
         gram_projections(torch.ones(2, 3), 1)
     with pytest.raises(ValueError, match=r"Expected `rows` to be of shape \(m, d\)"):
         noise_gram(torch.ones(3))
+    for wrong in (-torch.eye(3), torch.tensor([[1.0, 5.0], [5.0, 1.0]])):
+        with pytest.raises(ValueError, match="Expected `gram` to be without negative eigenvalues"):
+            gram_projections(wrong, 1)
+    with pytest.raises(ValueError, match="Expected `gram` to be symmetric"):
+        gram_projections(torch.eye(3) + torch.ones(3, 3).triu(1), 1)
+    with pytest.raises(ValueError, match=r"Expected `gram` to be of shape \(m, m\), got \(2, 3\)"):
+        effective_dimension(torch.ones(2, 3))
     broken = torch.eye(3)
     broken[0, 0] = torch.nan
     assert gram_projections(broken, 4).isnan().all()
     assert torch.equal(gram_projections(torch.zeros(3, 3), 4), torch.zeros(4, 3).double())
+
+
+def test_the_effective_dimension_of_what_is_no_gram_matrix_is_nan():
+    unbounded = torch.eye(2)
+    unbounded[0, 1] = unbounded[1, 0] = torch.inf  # a finite trace over an infinite sum
+    indefinite = torch.tensor([[1.0, 5.0], [5.0, 1.0]])
+    broken = torch.stack([unbounded, -torch.eye(2), indefinite, torch.zeros(2, 2)])
+    assert effective_dimension(broken).isnan().all()
+    assert effective_dimension(1e30 * torch.eye(5)).item() == 5.0  # squares leave float32
+    assert effective_dimension(1e-30 * torch.eye(5)).item() == 5.0
+    assert effective_dimension(torch.eye(5).half()).dtype == torch.half

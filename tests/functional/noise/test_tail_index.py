@@ -269,6 +269,25 @@ def test_largest_samples_of_a_pareto_law():
         assert estimate(x, 10**5) == pytest.approx(1.5, abs=0.05)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_samples_that_are_not_finite_give_no_number(value):
+    x = normal(100)
+    x[7] = value
+    for estimate in (hill_tail_index, pickands_tail_index, dedh_tail_index):
+        assert math.isnan(estimate(x, 2))
+    assert math.isnan(mcculloch_tail_index(x))
+    assert math.isnan(ecf_tail_index(x))
+
+
+def test_ties_and_equal_spacings_do_not_divide_by_zero():
+    equal = torch.ones(8)
+    assert hill_tail_index(equal, 3) == math.inf
+    assert dedh_tail_index(equal, 3) == 0.0  # γ = −∞: the tail ends there
+    assert math.isnan(pickands_tail_index(equal, 2))
+    assert math.isnan(pickands_tail_index(torch.tensor([2.0, 2.0, 1.0, 0.5]), 1))
+    assert pickands_tail_index(torch.tensor([3.0, 2.0, 1.5, 1.0]), 1) == math.inf
+
+
 def test_largest_samples_say_nothing_about_gaussian_ones():
     x = normal(10**6)
     assert hill_tail_index(x, 10**4) > 5
@@ -294,3 +313,6 @@ def test_the_generator_decides_on_the_samples():
     for settings_ in ({"alpha": 0.0}, {"alpha": 2.1}, {"alpha": 1.0, "scale": 0.0}):
         with pytest.raises(ValueError, match=r"Expected `(alpha|scale)` to be"):
             sample_stable(**settings_, shape=3)
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(ValueError, match="Expected `dtype` to be a floating-point type"):
+            sample_stable(1.5, 3, dtype=dtype)

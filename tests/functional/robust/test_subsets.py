@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from lightning_sgd.functional.robust.stacked_rows import squared_distances
-from lightning_sgd.functional.robust.subsets import smallest_covariance_subset
-from lightning_sgd.functional.robust.vertex_cover import smallest_diameter_subset
+from lightning_sgd.functional.robust.subsets import (
+    smallest_covariance_subset,
+    smallest_diameter_subset,
+)
 
 
 def distances_of(rows):

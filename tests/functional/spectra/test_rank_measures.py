@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sgd.functional.spectra import rank_measures
-from lightning_sgd.functional.spectra.rank_collapse import spectral_stats, spectral_stats_of
 from lightning_sgd.functional.spectra.rank_measures import (
     effective_rank,
     energy_rank,
@@ -24,7 +23,11 @@ from lightning_sgd.functional.spectra.rank_measures import (
     stable_rank,
     threshold_rank,
 )
-from lightning_sgd.functional.spectra.spectral_stats import SpectralMeasures
+from lightning_sgd.functional.spectra.spectral_stats import (
+    SpectralMeasures,
+    spectral_stats,
+    spectral_stats_of,
+)
 
 SOFT = {
     "stable_rank": stable_rank,

@@ -316,7 +316,7 @@ def test_a_pattern_that_matches_nothing_says_so(arguments):
         (
             nn.LazyLinear(8),
             {},
-            "`module` to be initialized, got 'the lazy weight'. Run one forward",
+            "`module` to be initialized, got the lazy weight. Run one forward",
         ),
     ],
 )

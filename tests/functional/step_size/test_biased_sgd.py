@@ -197,6 +197,7 @@ def limit(assumption, alpha, delta, num_steps):
     return biased_sgd_bound(problem(assumption), [alpha] * num_steps, 5.0, delta)[-1]
 
 
+@pytest.mark.slow
 def test_floor_by_hand_and_limits_of_constant_steps():
     # 2·0.01/(1 − 2·0.01) = 0.0204; constant steps stop above it, the closer the smaller they are.
     here = problem("strongly_convex")
@@ -260,6 +261,7 @@ def test_the_budget_by_hand():
     assert 0.3015 < max_relative_error(problem("strongly_convex")) < 0.6
 
 
+@pytest.mark.slow
 def test_optimal_steps_reach_the_rate_of_the_theory():
     # δ = c = 0, m = 1, M̃ = 2, G2 = 1: U_k → 2·G2/(m²·k).
     here, U = problem("strongly_convex"), 1.0

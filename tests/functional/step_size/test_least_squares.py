@@ -258,13 +258,36 @@ def test_properties(num, d, scale, seed):
     assert at == pytest.approx(threshold * max_learning_rate(found, 1) / 2, rel=1e-9)
 
 
-def test_the_same_as_the_condition_numbers_of_mass_where_they_overlap():
-    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 7.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kappa", [10.0, 1e3, 1e7])
+def test_both_results_know_the_spectrum_that_the_features_were_made_with(kappa, dtype):
+    # σ₃ of 3e-4·σ₁ is far above the rounding of float32, however small its square is.
+    generator = np.random.default_rng(0)
+    u, _ = np.linalg.qr(generator.standard_normal((200, 3)))
+    v, _ = np.linalg.qr(generator.standard_normal((3, 3)))
+    eigenvalues = np.array([1.0, kappa**-0.5, 1 / kappa])
+    made = (u * np.sqrt(200 * eigenvalues)) @ v.T
+    x = torch.from_numpy(made).to(dtype)
+    lengths = (made**2).sum(axis=1)
+    r2 = np.linalg.eigvalsh(u.T @ (lengths[:, None] * u))[-1]
     numbers = estimate_condition_numbers(x)
     found = least_squares_constants(x, torch.ones(200))
-    assert (found.R2, found.norm_h, found.mu) == pytest.approx(
-        (numbers.L1, numbers.L, numbers.mu), rel=1e-6
-    )
+    # Rounding to float32 moves a singular value by 1e-7 of the largest at most.
+    exact = 1e-8 if dtype == torch.float64 else 1e-3
+    assert (numbers.L, numbers.mu, numbers.L1) == pytest.approx((1, 1 / kappa, r2), rel=exact)
+    assert (found.norm_h, found.mu, found.R2) == (numbers.L, numbers.mu, numbers.L1)
+    assert (found.rank, found.kappa) == (3, numbers.kappa)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rounding_of_dependent_features_makes_no_direction(dtype):
+    # Forty features that depend on five: what rounding leaves of the others is not taken for a small eigenvalue.
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((300, 5), (5, 40))]
+    x = (made[0] @ made[1]).to(dtype)
+    found = least_squares_constants(x, torch.ones(300))
+    assert found.rank == 5
+    assert estimate_condition_numbers(x).mu == found.mu
 
 
 def test_more_features_than_samples_and_no_noise():

@@ -131,6 +131,7 @@ def test_beside_it_the_mean_fails(tmp_path, name):
     assert reached < 0.5
 
 
+@pytest.mark.slow
 def test_64_workers_on_one_device(tmp_path):
     # A quarter of the micro-batches of every step sends five times the mean of the others, backwards.
     def reached(rule, folder):

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_sgd.functional.spectra.gram import GramQueue
-from lightning_sgd.functional.spectra.lanczos import extreme_norms
-from lightning_sgd.functional.spectra.rank_collapse import spectral_stats, spectral_stats_of
+from lightning_sgd.functional.spectra.norms import extreme_norms
+from lightning_sgd.functional.spectra.spectral_stats import spectral_stats, spectral_stats_of
 
 
 def normal(*shape, seed=0):

@@ -12,12 +12,10 @@ from lightning_sgd.functional.robust.order_statistics import (
     column_median,
     mean_near_median,
     mean_near_trimmed_mean,
-    trimmed_mean,
-)
-from lightning_sgd.functional.robust.sorting_network import (
     network,
     odd_even_merge_sort,
     partially_sort,
+    trimmed_mean,
 )
 
 
