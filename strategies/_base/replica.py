@@ -144,7 +144,8 @@ class GradientReplica(Replica):
 
     def pack(self, factor: float, *, absent: bool) -> None:
         """Copy the gradients, times ``factor``, into the next row; NaN if there is no gradient at all."""
-        gradients = self.gradients if self.gradients.num_packed else self.resolve()
+        is_first = self._gradients is None or self._gradients.num_packed == 0
+        gradients = self.resolve() if is_first else self.gradients
         self.num_absent += absent
         gradients.pack(factor, absent=absent)
 
