@@ -1,8 +1,8 @@
-"""The sharded exchange of ByzantineStrategy beside gloo's all-reduce: time and bytes for one gradient, in turns.
+"""Compare the sharded exchange of ByzantineStrategy with the all-reduce of gloo: time and bytes for one gradient.
 
-Every line makes one gradient out of those of all ranks: copy it into a buffer, exchange, combine, copy it back. Rounds
-are taken in turns, so that whatever else the machine does meets all. "All-gather" is what a rule costs that lets every
-rank see everything.
+Every line combines the gradients of all ranks: copy them into a buffer, communicate, combine, copy back. Lines are
+timed in turns, so that other load on the machine affects all of them. "All-gather" is the cost if every rank combines
+everything.
 
     python benchmarks/byzantine.py
     python benchmarks/byzantine.py --num-ranks 8 --num-parameters 100000
@@ -34,18 +34,18 @@ from lightning_sgd.functional.distributed.traffic import all_reduce_traffic, sen
 from lightning_sgd.strategies._base.replica import GradientReplica
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Purpose
-from lightning_sgd.strategies.byzantine.sharded_rule import Rejected, ShardedRule
+from lightning_sgd.strategies.byzantine.sharded_rule import NoResult, ShardedRule
 
 RULES = ("mean", "filter", "median", "trmean", "geomed", "mda", "nnm+trmean")
 Step = Callable[[], None]
 
 
 class Bench:
-    """What one rank times.
+    """The lines of the table on one rank.
 
     Args:
         num_parameters: Length of the gradient [d].
-        num_byzantine: What the rules expect [f].
+        num_byzantine: Number of faulty workers that the rules expect [f].
     """
 
     def __init__(self, num_parameters: int, num_byzantine: int) -> None:
@@ -59,7 +59,7 @@ class Bench:
         self.num_byzantine = num_byzantine
 
     def all_reduce(self) -> None:
-        """As DDP, in one bucket."""
+        """Average the gradients as DDP does, in one bucket."""
         assert self.param.grad is not None
         self.buffer.copy_(self.param.grad)
         dist.all_reduce(self.buffer)
@@ -67,23 +67,23 @@ class Bench:
         self.param.grad.copy_(self.buffer)
 
     def all_gather(self) -> None:
-        """Everybody combines everything."""
+        """Gather all gradients on every rank, and combine them there."""
         assert self.param.grad is not None
         rows = [torch.empty_like(self.buffer) for _ in range(self.exchange.num_ranks)]
         dist.all_gather(rows, self.param.grad)
         self.param.grad.copy_(get_aggregator("filter", self.num_byzantine)(rows))
 
     def sharded(self, name: str) -> Step:
-        """As the strategy."""
+        """Return a step as the strategy takes it."""
         rule = ShardedRule(get_aggregator(name, self.num_byzantine))
 
         def step() -> None:
             replica, exchange = self.replica, self.exchange
             replica.pack(1.0, absent=False)
-            columns, words = replica.scatter(exchange, replica.gradients.rows)
-            absent = [num_absent for _, num_absent in words]
+            columns, metadata = replica.scatter(exchange, replica.gradients.rows)
+            absent = [num_absent for _, num_absent in metadata]
             plan = rule.decide(columns, absent, None, exchange, 0)
-            assert not isinstance(plan, Rejected)
+            assert not isinstance(plan, NoResult)
             result: Tensor = replica.gather(exchange, rule.carry_out(plan, columns, None))
             replica.gradients.unpack(result, replica.gradients.used)
             replica.clear()
@@ -91,22 +91,22 @@ class Bench:
         return step
 
     def parts(self) -> None:
-        """The first turn of an exchange alone: everybody gets its part of all rows."""
+        """Take the first part of the exchange only: every rank receives its shard of all rows."""
         self.replica.pack(1.0, absent=False)
         self.replica.scatter(self.exchange, self.replica.gradients.rows)
         self.replica.clear()
 
     def sums(self) -> None:
-        """The second alone: what the plan is made from, as few numbers as messages can have."""
-        self.exchange.total(torch.zeros(20, dtype=torch.float64), Purpose.GRADIENTS, 0)
+        """Take the second part only: norms and inner products are summed over the ranks."""
+        self.exchange.all_reduce_sum(torch.zeros(20, dtype=torch.float64), Purpose.GRADIENTS, 0)
 
     def results(self) -> None:
-        """The third alone: everybody gets what the others have made."""
+        """Take the third part only: every rank receives the combined shards of all others."""
         shard = self.buffer[: self.replica.gradients.shard_size]
         self.replica.gather(self.exchange, shard)
 
     def lines(self) -> dict[str, Step]:
-        """Everything that is compared."""
+        """Return all lines of the table by name."""
         found: dict[str, Step] = {"all-reduce of gloo": self.all_reduce}
         found |= {"parts alone": self.parts, "sums alone": self.sums, "results alone": self.results}
         found |= {f"sharded {name}": self.sharded(name) for name in RULES}
@@ -115,7 +115,7 @@ class Bench:
 
 @torch.no_grad()
 def work(rank: int, args: argparse.Namespace, folder: Path) -> None:
-    """One rank."""
+    """Time all lines on one rank."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=args.num_ranks
     )
@@ -140,7 +140,7 @@ def work(rank: int, args: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    """Measure in turns, and print the table."""
+    """Time all lines in turns, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-ranks", type=int, default=4)
     parser.add_argument("--num-parameters", type=int, default=1_000_000)

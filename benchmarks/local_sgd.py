@@ -1,4 +1,4 @@
-"""Strategies that exchange models beside DDP and Lightning's own post-local SGD: steps per second and bytes per step.
+"""Compare strategies that exchange models with DDP and Lightning's post-local SGD: steps per second, bytes per step.
 
 All ranks share one machine and its loopback interface, which is the best case for DDP: what the others save is waiting
 and bytes, and loopback has plenty of both. Runs are taken in turns, so that whatever else the machine does meets all.
@@ -36,17 +36,18 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sgd import GossipPGAStrategy, LocalSGDStrategy, OverlapLocalSGDStrategy
+from lightning_sgd._protocols import CountsTraffic
 from lightning_sgd.functional.distributed.traffic import all_reduce_traffic
 from lightning_sgd.strategies._base.unwrapped import listen_for_sigterm_every
 
 WARM_UP = 10
 SELDOM = 100
 PROCESSES: dict[str, Any] = {"start_method": "fork", "timeout": timedelta(seconds=60)}
-"""Of every strategy."""
+"""Settings of every strategy."""
 
 
 class MLP(LightningModule):
-    """Small batches, so that the exchange is a good part of a step."""
+    """A model for small batches, so that communication is a good part of a step."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,42 +56,41 @@ class MLP(LightningModule):
         )
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy of random labels."""
+        """Return the cross-entropy of random labels."""
         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """As most people do."""
+        """Return SGD with momentum."""
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
 class Stopwatch(Callback):
-    """Writes down the seconds per step on rank 0, after a warm-up, and what the strategy has counted."""
+    """Saves the seconds per step on rank 0, after a warm-up, and the traffic counted by the strategy."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.begin = file, 0.0
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Start after the warm-up."""
+        """Start the clock after the warm-up."""
         if trainer.global_step == WARM_UP:
             self.begin = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        """Stop."""
+        """Stop the clock, and save what was measured."""
         measured = {"seconds": (time.perf_counter() - self.begin) / (trainer.global_step - WARM_UP)}
-        exchange = getattr(trainer.strategy, "exchange", None)
-        if exchange is not None:
-            measured["blocked"] = exchange.traffic.seconds / trainer.global_step
-            measured["bytes"] = exchange.traffic.num_bytes / trainer.global_step
+        if isinstance(trainer.strategy, CountsTraffic) and trainer.strategy.traffic is not None:
+            measured["blocked"] = trainer.strategy.traffic.seconds / trainer.global_step
+            measured["bytes"] = trainer.strategy.traffic.num_bytes / trainer.global_step
         if trainer.is_global_zero:
             torch.save(measured, self.file)
 
 
 class HeardDDP(DDPStrategy):
-    """DDP that hears SIGTERM as often as it is told, as the strategies of this package do.
+    """DDP that agrees on SIGTERM as rarely as the strategies of this package.
 
     Args:
-        sigterm_every_n_batches: As of these.
-        **settings: For DDP.
+        sigterm_every_n_batches: Period of the agreement, in batches.
+        **settings: Settings of DDP.
     """
 
     def __init__(self, sigterm_every_n_batches: int, **settings: Any) -> None:
@@ -98,13 +98,13 @@ class HeardDDP(DDPStrategy):
         self.sigterm_every_n_batches = sigterm_every_n_batches
 
     def on_train_start(self) -> None:
-        """Thin out Lightning's broadcasts."""
+        """Reduce the number of Lightning's broadcasts."""
         assert self.lightning_module is not None
         listen_for_sigterm_every(self.sigterm_every_n_batches, self.lightning_module.trainer)
 
 
 def post_local_sgd(period: int, **settings: Any) -> Strategy:
-    """Lightning's, with torch's averager."""
+    """Return Lightning's post-local SGD, with torch's averager."""
     state = PostLocalSGDState(process_group=None, subgroup=None, start_localSGD_iter=0)
     return HeardDDP(
         ddp_comm_state=state,
@@ -115,7 +115,7 @@ def post_local_sgd(period: int, **settings: Any) -> Strategy:
 
 
 def candidates(periods: Sequence[int]) -> dict[str, Callable[..., Strategy]]:
-    """What is compared; each is called with how often SIGTERM is heard, and with ``PROCESSES``."""
+    """Return constructors by label, to be called with ``sigterm_every_n_batches`` and ``PROCESSES``."""
     found: dict[str, Callable[..., Strategy]] = {"DDP": HeardDDP}
     for h in periods:
         found[f"post-local SGD of Lightning, H = {h}"] = partial(post_local_sgd, h)
@@ -131,7 +131,7 @@ def candidates(periods: Sequence[int]) -> dict[str, Callable[..., Strategy]]:
 def measure(
     strategy: Strategy, width: int, batch_size: int, num_steps: int, num_ranks: int
 ) -> dict[str, float]:
-    """One run."""
+    """Train once, and return what was measured."""
     count = batch_size * num_steps * num_ranks
     x = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
     data = DataLoader(TensorDataset(x, torch.arange(count) % 10), batch_size=batch_size)
@@ -154,11 +154,11 @@ def measure(
 
 
 Runs = dict[tuple[str, int], list[dict[str, float]]]
-"""By candidate and by how often SIGTERM is heard, what was measured in every round."""
+"""Measurements of every round, by label and period of the agreement on SIGTERM."""
 
 
 def measure_all(args: argparse.Namespace) -> Runs:
-    """Every candidate in every round."""
+    """Train with every candidate in every round."""
     found = candidates(args.periods)
     runs: Runs = {(name, every): [] for name in found for every in (1, SELDOM)}
     shape = args.width, args.batch_size, args.num_steps, args.num_ranks
@@ -170,14 +170,14 @@ def measure_all(args: argparse.Namespace) -> Runs:
 
 
 def speed(runs: Runs, name: str, every: int) -> tuple[str, str]:
-    """Steps per second, and how many times as many as those of DDP in the same round."""
+    """Return steps per second, and their ratio to those of DDP in the same round."""
     ours, ddp = ([run["seconds"] for run in runs[key, every]] for key in (name, "DDP"))
     ratio = median(theirs / mine for theirs, mine in zip(ddp, ours, strict=True))
     return f"{1 / median(ours):.0f}", f"{ratio:.2f}"
 
 
 def as_table(runs: Runs, ddp_bytes: float) -> str:
-    """One line per candidate, in Markdown."""
+    """Write a Markdown table with one line per candidate."""
     titles = ["strategy", "steps/s", "× DDP", "steps/s, seldom", "× DDP, seldom"]
     titles += ["ms waited per step", "kB sent per step and rank"]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
@@ -192,7 +192,7 @@ def as_table(runs: Runs, ddp_bytes: float) -> str:
 
 
 def as_page(table: str, args: argparse.Namespace, num_parameters: int) -> str:
-    """The command, the table, and under which conditions it was made."""
+    """Write the command, the table and the conditions of the measurement."""
     command = " ".join(["python benchmarks/local_sgd.py", *sys.argv[1:]])
     ranks = f"{args.num_ranks} ranks of one thread"
     conditions = (
@@ -207,7 +207,7 @@ def as_page(table: str, args: argparse.Namespace, num_parameters: int) -> str:
 
 
 def processor() -> str:
-    """What the machine calls its processor."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -28,13 +28,13 @@ from lightning_sgd.strategies._base.parameter_averaging import (
 )
 from lightning_sgd.strategies._base.replica import Replica
 from lightning_sgd.strategies._comm.collectives import Collectives
-from lightning_sgd.strategies._comm.in_flight import Swap
+from lightning_sgd.strategies._comm.in_flight import PendingSendRecv
 
 
 class GossipPGAStrategy(ParameterAveragingStrategy):
-    r"""Each rank trains on its own and mixes its model with its neighbours' after every step, now and then with all.
+    r"""Trains a model on each rank and mixes it with the neighbours' after every step, and with all from time to time.
 
-    After every step of its own optimizer rank i goes on from
+    After every step of its own optimizer rank i continues from
 
     .. math::
         x_i \leftarrow \sum_j w_{ij}\, x_j,
@@ -43,36 +43,48 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
     ranks. A step then costs one message to each neighbour instead of an all-reduce, and the global averages keep ranks
     together however sparse the graph is. H = 1 is parallel SGD, no gossip Local SGD, H = ∞ gossip SGD.
 
-    With ``order="overlap"`` the mixing of a model goes on during the next step,
-    :math:`x_i^{k+1} = \sum_j w_{ij} x_j^k - \gamma\, g_i(x_i^k)`: what the neighbours send is waited for only after
-    that step. It bears somewhat smaller steps.
+    With ``order="overlap"`` models are mixed during the next step,
+    :math:`x_i^{k+1} = \sum_j w_{ij} x_j^k - \gamma\, g_i(x_i^k)`: a rank waits for its
+    neighbours' messages only after that step. The largest stable step size is somewhat smaller.
 
     With ``adaptive`` the period grows as the loss falls,
-    :math:`H = \lceil (F_0/F)^{1/4} H_0 \rceil`; the loss travels with the global average, so that all ranks agree.
+    :math:`H = \lceil (F_0/F)^{1/4} H_0 \rceil`; the loss is averaged together with the models, so that all ranks agree.
 
     Cost per rank and step: as many messages as the graph has neighbours, each of the bytes of the parameters (32 bits
     or more, or 16), and every H steps an all-reduce instead; a copy of the parameters in memory, one more for what is
     sent and one for each neighbour.
 
+    Logged every ``log_every_n_steps`` batches that stepped:
+
+    =================================  ======================================================================
+    Key                                Meaning, for the logging rank
+    =================================  ======================================================================
+    ``comm/bytes_per_step``            bytes sent, per batch that stepped
+    ``comm/messages_per_step``         messages sent to other ranks, per batch that stepped
+    ``comm/blocked_seconds_per_step``  seconds spent waiting for communication, per batch that stepped
+    ``gossip/consensus_distance``      distance of this rank's model from the mean at the last global average
+    ``gossip/period``                  period until the next global average, with ``adaptive``
+    =================================  ======================================================================
+
     Args:
-        topology: Who gossips with whom: ``ring``, ``torus``, ``exponential``, ``one_peer_exponential``, ``hypercube``,
-            ``complete``, or a graph with settings of its own such as ``FromGraph``.
+        topology: Which ranks exchange models: ``ring``, ``torus``, ``exponential``, ``one_peer_exponential``,
+            ``hypercube``, ``complete``, or a graph object such as ``FromGraph``.
         period: Optimizer steps from one global average to the next [H]; null for gossip alone. With ``adaptive``, where
             it starts [H₀].
         adaptive: Let the period grow as the loss falls.
-        adaptive_warmup_steps: So many steps at first the period stays where it starts, and the losses at global
+        adaptive_warmup_steps: Number of first steps in which the period stays as it is, and the losses at global
             averages make the reference [F₀]. A twentieth of all steps is a good choice.
         min_period: Lower bound of the adaptive period.
         max_period: Upper bound of the adaptive period.
         loss_smoothing: Weight of the past in the moving average of the losses of a rank, in [0, 1).
-        order: ``adapt_then_combine`` steps, then mixes what came of it; ``overlap`` mixes what was before the step,
+        order: ``adapt_then_combine`` mixes the models after the step; ``overlap`` mixes the models before the step,
             during it.
-        wire_dtype: Type in which neighbours send: ``full``, or ``bfloat16`` for half the bytes. Then ranks cannot come
-            closer to each other by gossip than about 2⁻⁸ of the largest weight; the mean stays exact, and so do global
-            averages.
-        buffers: What becomes of floating-point buffers, such as the statistics of batch normalisation, at global
-            averages: ``average`` them too, leave each rank its own (``local``), or take those of ``rank0``.
-        optimizer_state: What becomes of each rank's optimizer state, such as momentum, at global averages: ``keep`` it,
+        wire_dtype: Type of messages between neighbours: ``full``, or ``bfloat16`` for half the bytes. Gossip then
+            brings models no closer to each other than about 2⁻⁸ of the largest weight; the mean and global averages
+            stay exact.
+        buffers: What happens to floating-point buffers, such as the statistics of batch normalisation, at global
+            averages: ``average`` them too, keep each rank's own (``local``), or take those of ``rank0``.
+        optimizer_state: What happens to each rank's optimizer state, such as momentum, at global averages: ``keep`` it,
             ``reset`` it, or ``average`` it too.
         initial_weights: ``broadcast`` those of rank 0, or only ``verify`` that all ranks have the same.
         sigterm_every_n_batches: How often all ranks agree whether to stop on SIGTERM. Lightning does before every
@@ -82,8 +94,8 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         start_method: How processes are started on one machine; ``popen`` for scripts, ``fork`` for notebooks.
 
     Raises:
-        ValueError: If an argument is out of range, or at the start of a training, if the graph does not exist for so
-            many ranks.
+        ValueError: If an argument is out of range; at the start of training, if the graph does not exist for the number
+            of ranks.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -123,19 +135,19 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         start_method: StartMethod = "popen",
     ) -> None:
         super().__init__(
-            buffers,
-            optimizer_state,
-            initial_weights,
-            sigterm_every_n_batches,
-            process_group_backend,
-            timeout,
-            start_method,
+            buffers=buffers,
+            optimizer_state=optimizer_state,
+            initial_weights=initial_weights,
+            sigterm_every_n_batches=sigterm_every_n_batches,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
         )
         known = isinstance(topology, Topology) or topology in NAMED
         remedy = (
             f"Choose one of {', '.join(NAMED)}, or give a graph such as lightning_sgd.FromGraph."
         )
-        expect(known, "topology", "a graph or the name of one", topology, remedy)
+        expect(known, "topology", "a graph or its name", topology, remedy)
         self.topology = NAMED[topology]() if isinstance(topology, str) else topology
         valid = period is None or period >= 1
         expect(valid, "period", "at least 1", period, "null means never; 6 is the default.")
@@ -150,10 +162,10 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         self._bounds = (adaptive_warmup_steps, min_period, max_period)
         if adaptive:
             self._adaptive_period()
-        self._forget()
+        self._reset()
 
     def describe(self) -> str:
-        """When models are averaged, and who gossips in between."""
+        """Describe when models are averaged, and how they are mixed in between."""
         start = "at first " if self.adaptive else ""
         often = "at the end" if self.period is None else f"{start}every {self.period} steps"
         beta = f", β = {self.mixing.beta:.3g}" if self.exchange is not None else ""
@@ -161,10 +173,10 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         return f"averaged {often}, else mixed over {self.topology}{when}{beta}"
 
     def setup(self, trainer: Trainer) -> None:
-        """Make the graph for the ranks that there are, or say why it does not exist."""
+        """Create the mixing matrices, or raise if the graph does not exist for this number of ranks."""
         self.mixing = self.topology.on(self.world_size)
         super().setup(trainer)
-        self._forget()
+        self._reset()
         if self.exchange is None:
             return
         for replica in self.replicas:
@@ -172,10 +184,10 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
             self._losses.append(Smoothed(self.loss_smoothing))
             if self.adaptive:
                 self._periods.append(self._adaptive_period())
-                replica.passengers = [replica.flat.buffers[0].new_zeros(1)]
+                replica.extra_tensors = [replica.flat.buffers[0].new_zeros(1)]
 
     def after_step(self, replica: Replica) -> None:
-        """Average if it is time to, else gossip."""
+        """Average over all ranks if a period has ended, else mix with the neighbours."""
         if not self._mixers:
             return
         if self.adaptive and replica.loss is not None:
@@ -185,25 +197,25 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
             self._average(replica)
         else:
             if not self.in_background:
-                mixer.start()
-            mixer.finish()
-        # What is shared need not be mixed, and what is averaged after the next step need not be mixed before.
-        apart = not replica.is_shared and not self._is_due(replica, replica.num_since + 1)
-        if self.in_background and apart:
-            mixer.start()
+                mixer.send()
+            mixer.apply()
+        # Equal models need not be mixed, nor models that are averaged after the next step.
+        is_useful = not replica.is_shared and not self._is_due(replica, replica.num_since + 1)
+        if self.in_background and is_useful:
+            mixer.send()
 
     def _is_due(self, replica: Replica, num_since: int) -> bool:
         period = self._periods[replica.index].value if self.adaptive else self.period
         return period is not None and num_since >= period
 
     def _average(self, replica: Replica) -> None:
-        for passenger in replica.passengers:
-            passenger.copy_(self._losses[replica.index].value)
+        for tensor in replica.extra_tensors:
+            tensor.copy_(self._losses[replica.index].value)
         moved = self.average(replica, measure=True)
         assert moved is not None
         self._moved[replica.index] = moved
-        for passenger in replica.passengers:
-            self._adapt(replica, float(passenger))
+        for tensor in replica.extra_tensors:
+            self._adapt(replica, float(tensor))
 
     def _adapt(self, replica: Replica, loss: float) -> None:
         if replica.loss is None and not self._warned:
@@ -215,13 +227,14 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         self._periods[replica.index].update(replica.num_steps, loss)
 
     def on_train_end(self) -> None:
-        """Wait for what is in flight: a rank that leaves before would hang up on its neighbours."""
+        """Apply pending messages, then leave the mean on every rank."""
+        # A rank that ended earlier would close the connections of its neighbours.
         for mixer in self._mixers:
-            mixer.finish()
+            mixer.apply()
         super().on_train_end()
 
     def own_metrics(self) -> dict[str, float]:
-        """How far this rank was from the mean at the last global average, and the adaptive period."""
+        """Return the distance from the mean at the last global average, and the adaptive period."""
         metrics = {}
         if self._moved:
             metrics["gossip/consensus_distance"] = math.hypot(*map(float, self._moved.values()))
@@ -230,10 +243,10 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         return metrics
 
     def own_state(self) -> dict[str, Any]:
-        """Rounds, adaptive periods and losses; what is in flight is waited for, and kept."""
+        """Return rounds with received messages, adaptive periods and losses."""
         if not self._has_failed:
             for mixer in self._mixers:
-                mixer.arrive()
+                mixer.receive()
         return {
             "mixers": [mixer.state_dict() for mixer in self._mixers],
             "periods": [period.state_dict() for period in self._periods],
@@ -241,7 +254,7 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on with rounds, periods and losses."""
+        """Restore rounds, periods and losses."""
         for mixer, saved in zip(self._mixers, state["mixers"], strict=True):
             mixer.load_state_dict(saved)
         for period, saved in zip(self._periods, state["periods"], strict=True):
@@ -253,7 +266,7 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         assert self.period is not None
         return AdaptivePeriod(self.period, *self._bounds)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._mixers: list[Mixer] = []
         self._losses: list[Smoothed] = []
         self._periods: list[AdaptivePeriod] = []
@@ -261,16 +274,10 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
 
 
 class Mixer:
-    """Mixes one replica; in the background if the training goes on between :meth:`start` and :meth:`finish`.
-
-    Args:
-        exchange: Between the ranks.
-        mixing: Who sends what to whom.
-        replica: What one optimizer trains.
-        wire_dtype: Type in which numbers are sent; ``None`` for that in which they are added.
+    """Mixes a replica with those of its neighbours; in the background if training continues after :meth:`send`.
 
     Attributes:
-        num_rounds: Rounds so far, which a graph that changes goes by.
+        num_rounds: Number of rounds so far, on which a graph that changes depends.
     """
 
     def __init__(
@@ -284,43 +291,43 @@ class Mixer:
         self.wire_dtype = wire_dtype
         self.num_rounds = 0
         self._flat: FlatBuffers | None = None
-        self._swap: Swap | None = None
+        self._pending: PendingSendRecv | None = None
         self._weights: list[float] = []
         self._outgoing: list[Tensor] = []
         self._incoming: list[list[Tensor]] = []
         self._change: list[Tensor] | None = None
 
-    def start(self) -> None:
-        """Send the parameters as they are now to the neighbours of this round."""
+    def send(self) -> None:
+        """Start sending the present parameters to the neighbours of this round, and receiving theirs."""
         rank, number = self.exchange.rank, self.num_rounds
         self._flat = self.replica.flat
         self._flat.pack()
-        self._outgoing = self._copied(self._flat.buffers)
+        self._outgoing = self._copy(self._flat.buffers)
         receive = self.mixing.receive(rank, number)
         self._weights = list(receive.values())
-        self._swap = self.exchange.start_swap(
+        self._pending = self.exchange.send_recv_async(
             self._outgoing,
             self.mixing.send(rank, number),
-            dict(zip(receive, self._places(len(receive)), strict=True)),
+            dict(zip(receive, self._receive_buffers(len(receive)), strict=True)),
             self.replica.num_steps,
         )
         self.num_rounds += 1
 
-    def arrive(self) -> None:
-        """Wait for the round that is in flight; the parameters stay as they are."""
-        if self._swap is None or self._flat is None:
+    def receive(self) -> None:
+        """Wait for the messages of the pending round; the parameters stay as they are."""
+        if self._pending is None or self._flat is None:
             return
-        self.exchange.finish_swap(self._swap)
-        received = list(self._swap.receive.values())
-        self._swap = None
+        self.exchange.wait_send_recv(self._pending)
+        received = list(self._pending.receive.values())
+        self._pending = None
         self._change = [
             weighted_differences(sent, [each[i] for each in received], self._weights, buffer.dtype)
             for i, (sent, buffer) in enumerate(zip(self._outgoing, self._flat.buffers, strict=True))
         ]
 
-    def finish(self) -> None:
-        """Wait for the round that is in flight, if one is, and add what it changes to the parameters."""
-        self.arrive()
+    def apply(self) -> None:
+        """Wait for the pending round, if there is one, and add its change to the parameters."""
+        self.receive()
         if self._change is None or self._flat is None:
             return
         self._flat.pack()
@@ -330,30 +337,28 @@ class Mixer:
         self._change = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of rounds, and what a round that has arrived is going to change."""
+        """Return the number of rounds, and the change that has been received but not been applied."""
         return {"num_rounds": self.num_rounds, "change": self._change}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Args:
-            state: What it returned.
-        """
+        """Restore :meth:`state_dict`."""
         self.num_rounds, self._flat = state["num_rounds"], self.replica.flat
         if state["change"] is not None:
             pairs = zip(state["change"], self._flat.buffers, strict=True)
             self._change = [change.to(buffer.device) for change, buffer in pairs]
 
-    def _copied(self, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """A copy of our own, because a global average may go on in the buffers meanwhile."""
-        if not _fit(self._outgoing, buffers):
+    def _copy(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        # Not the buffers themselves: an evaluation may average in them while messages are pending.
+        if not _have_same_shapes(self._outgoing, buffers):
             self._outgoing = self._like(buffers)
         for outgoing, buffer in zip(self._outgoing, buffers, strict=True):
             outgoing.copy_(buffer)
         return self._outgoing
 
-    def _places(self, num_peers: int) -> list[list[Tensor]]:
-        self._incoming = [each for each in self._incoming if _fit(each, self._outgoing)]
+    def _receive_buffers(self, num_peers: int) -> list[list[Tensor]]:
+        self._incoming = [
+            each for each in self._incoming if _have_same_shapes(each, self._outgoing)
+        ]
         while len(self._incoming) < num_peers:
             self._incoming.append(self._like(self._outgoing))
         return self._incoming[:num_peers]
@@ -364,6 +369,6 @@ class Mixer:
         ]
 
 
-def _fit(buffers: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+def _have_same_shapes(buffers: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     shapes = [(tensor.shape, tensor.device) for tensor in buffers]
     return shapes == [(tensor.shape, tensor.device) for tensor in others]

@@ -1,4 +1,4 @@
-"""Local SGD, and averaging once at the end."""
+"""Local SGD, and one-shot averaging at the end."""
 
 from __future__ import annotations
 
@@ -22,33 +22,42 @@ from lightning_sgd.strategies._base.replica import Replica
 
 
 class LocalSGDStrategy(ParameterAveragingStrategy):
-    r"""Each rank trains on its own; every ``period`` steps all go on from the mean of their models.
+    r"""Trains a model on each rank; every ``period`` steps all ranks continue from the mean of their models.
 
     Between two averages rank i takes H steps of its own optimizer on its own data, then
     :math:`x_i \leftarrow \frac1n \sum_j x_j`. Gradients are never exchanged, so that a rank sends an H-th of what DDP
-    sends, and waits for the others an H-th as often. H = 1 with SGD, momentum and weight decay is the same training as
-    DDP's.
+    sends, and waits for the others an H-th as often. With H = 1, SGD with momentum and weight decay trains as with DDP.
 
     The user's module, optimizer, clipping, accumulation and precision stay as they are; clipping sees this rank's
-    gradient. Validation, checkpoints and the end of training use the mean of the models. Log what callbacks decide by
-    with ``sync_dist=True``, as with DDP.
+    gradient. Validation, checkpoints and the end of training use the mean of the models. Log metrics that callbacks
+    monitor with ``sync_dist=True``, as with DDP.
 
     Cost per rank: 2(n − 1)/n times the bytes of the parameters (32 bits or more) per average, for n ranks; one copy of
     the parameters in memory, one more during validation, and for ``average="tail"`` one more throughout.
 
+    Logged every ``log_every_n_steps`` batches that stepped:
+
+    =================================  ===============================================================
+    Key                                Meaning, for the logging rank
+    =================================  ===============================================================
+    ``comm/bytes_per_step``            bytes sent, per batch that stepped
+    ``comm/messages_per_step``         messages sent to other ranks, per batch that stepped
+    ``comm/blocked_seconds_per_step``  seconds spent waiting for communication, per batch that stepped
+    =================================  ===============================================================
+
     Args:
-        period: Optimizer steps from one average to the next [H]; or which period holds from which step on, such as
-            ``{0: 1, 1000: 8}``; null averages once, at the end.
-        warmup_steps: So many steps at first exchange gradients, as DDP does, instead of averaging models.
+        period: Optimizer steps from one average to the next [H]; or a table of periods by the step from which they
+            hold, such as ``{0: 1, 1000: 8}``; null averages once, at the end.
+        warmup_steps: Number of first steps in which gradients are averaged, as in DDP, instead of models.
         average: With ``period`` null, what enters the one average: the ``last`` model of each rank, or the ``tail``,
             the mean of its models from ``tail_start`` on.
         tail_start: Where the tail begins: a step, or a share of all steps.
-        buffers: What becomes of floating-point buffers, such as the statistics of batch normalisation, whenever models
-            are averaged: ``average`` them too, leave each rank its own (``local``), or take those of ``rank0``.
-        optimizer_state: What becomes of each rank's optimizer state, such as momentum, whenever models are averaged
-            during training: ``keep`` it, ``reset`` it, or ``average`` it too.
-        initial_weights: ``broadcast`` those of rank 0, or only ``verify`` that all ranks have the same, which spares
-            the traffic where all build the model from one seed.
+        buffers: What happens to floating-point buffers, such as the statistics of batch normalisation, when models are
+            averaged: ``average`` them too, keep each rank's own (``local``), or take those of ``rank0``.
+        optimizer_state: What happens to each rank's optimizer state, such as momentum, when models are averaged during
+            training: ``keep`` it, ``reset`` it, or ``average`` it too.
+        initial_weights: ``broadcast`` those of rank 0, or only ``verify`` that all ranks have the same, which saves
+            the traffic if all ranks build the model from one seed.
         sigterm_every_n_batches: How often all ranks agree whether to stop on SIGTERM. Lightning does before every
             batch, which keeps the ranks in lock-step; 0 for never.
         process_group_backend: As of ``DDPStrategy``; by default NCCL on GPUs and gloo elsewhere.
@@ -89,13 +98,13 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
         start_method: StartMethod = "popen",
     ) -> None:
         super().__init__(
-            buffers,
-            optimizer_state,
-            initial_weights,
-            sigterm_every_n_batches,
-            process_group_backend,
-            timeout,
-            start_method,
+            buffers=buffers,
+            optimizer_state=optimizer_state,
+            initial_weights=initial_weights,
+            sigterm_every_n_batches=sigterm_every_n_batches,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
         )
         self.schedule = PeriodSchedule(period)
         self.period, self.average_of = period, average
@@ -113,7 +122,7 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
         self._tails: list[RunningMean] = []
 
     def describe(self) -> str:
-        """When models are averaged."""
+        """Describe when models are averaged."""
         begin = describe_warm_up(self.warmup_steps)
         if self.period is None:
             what = (
@@ -127,19 +136,24 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
             every = ", ".join(f"{h} steps from step {k}" for k, h in self.schedule.table.items())
         return f"{begin}averaged every {every}"
 
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare the training, without a tail."""
+        self._tails = []
+        super().setup(trainer)
+
     def on_train_start(self) -> None:
-        """Find out where the tail begins, which depends on the length of the training."""
+        """Compute where the tail begins; only now the length of the training is known."""
         if self.average_of == "tail":
             self._first_step_of_tail = self._tail_in_steps(self._trainer)
         super().on_train_start()
 
     def before_step(self, replica: Replica) -> None:
-        """During the warm-up, exchange gradients."""
+        """Average gradients during the warm-up."""
         if replica.num_steps < self.warmup_steps and self.exchange is not None:
             average_gradients(self.exchange, replica)
 
     def after_step(self, replica: Replica) -> None:
-        """Average if it is time to; take the model into the tail."""
+        """Average models if a period has ended, and update the tail."""
         if replica.num_steps <= self.warmup_steps:
             replica.share()
         elif self.schedule.is_due(replica.num_steps, replica.num_since):
@@ -147,24 +161,19 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
         if self.average_of == "tail" and replica.num_steps > self._first_step_of_tail:
             self._tail(replica).update(replica.tensors)
 
-    def candidate(self, replica: Replica) -> list[Tensor] | None:
-        """The mean of this rank's models since the tail began."""
+    def model_to_average(self, replica: Replica) -> list[Tensor] | None:
+        """Return the mean of this rank's models since the tail began."""
         is_in_tail = self.average_of == "tail" and replica.num_steps > self._first_step_of_tail
         return self._tail(replica).values if is_in_tail else None
 
     def own_state(self) -> dict[str, Any]:
-        """The tails."""
+        """Return the tails."""
         return {"tails": [tail.state_dict() for tail in self._tails]}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on with the tails."""
+        """Restore the tails."""
         for replica, saved in zip(self.replicas, state["tails"], strict=False):
             self._tail(replica).load_state_dict(saved)
-
-    def setup(self, trainer: Trainer) -> None:
-        """Begin without a tail."""
-        self._tails = []
-        super().setup(trainer)
 
     def _tail(self, replica: Replica) -> RunningMean:
         if not self._tails:
@@ -177,5 +186,6 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
         num_steps = trainer.estimated_stepping_batches
         remedy = "Give tail_start as a number of steps, or max_epochs or max_steps to the Trainer."
         known = num_steps != float("inf")
-        expect(known, "tail_start", "a step where nobody knows how many", self.tail_start, remedy)
+        expected = "a step where the length of training is unknown"
+        expect(known, "tail_start", expected, self.tail_start, remedy)
         return int(self.tail_start * num_steps)

@@ -1,4 +1,4 @@
-"""Local SGD whose exchange goes on during the next round."""
+"""Local SGD that averages models during the next round."""
 
 from __future__ import annotations
 
@@ -32,26 +32,37 @@ from lightning_sgd.strategies._comm.in_flight import PendingMean
 
 
 class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
-    r"""Each rank trains on its own; every ``period`` steps it is pulled towards a mean that arrived in the background.
+    r"""Trains a model on each rank; every ``period`` steps it is pulled towards a mean computed in the background.
 
-    After every τ steps of its own optimizer rank i is pulled back to the anchor that is there,
+    After every τ steps of its own optimizer rank i is pulled back towards the anchor,
 
     .. math::
         x_i \leftarrow (1-\alpha)\, x_i + \alpha z,
 
-    and goes on at once, while the mean of the pulled-back models travels. At the next boundary it has arrived, and
+    and continues at once, while the mean of the pulled-back models is computed in the background. At the next boundary
 
     .. math::
         v \leftarrow \beta v + (\bar x - z), \qquad z \leftarrow z + v
 
-    moves the anchor. Nobody waits as long as an exchange takes less time than τ steps, and a rank that is late once
-    holds nobody up. A rank that is always slow still sets the pace.
+    moves the anchor. No rank waits as long as an average takes less time than τ steps, and a rank that is late once
+    delays no other. A rank that is always slow still sets the pace.
 
-    In the long run a step counts for only (1 − α)/(1 − αβ) of its size, 0.69 by default: raise the step size, or set
-    ``lr_compensation``. On one rank nothing is exchanged and nothing is pulled.
+    In the long run a step moves the mean by only (1 − α)/(1 − αβ) of its size, 0.69 by default: raise the step size, or
+    set ``lr_compensation``. On one rank nothing is exchanged and nothing is pulled.
 
     Cost per rank: 2(n − 1)/n times the bytes of the parameters (32 bits or more) every τ steps, in the background;
     three copies of the parameters in memory, one more while all ranks are evaluated.
+
+    Logged every ``log_every_n_steps`` batches that stepped:
+
+    =================================  ==================================================================
+    Key                                Meaning, for the logging rank
+    =================================  ==================================================================
+    ``comm/bytes_per_step``            bytes sent, per batch that stepped
+    ``comm/messages_per_step``         messages sent to other ranks, per batch that stepped
+    ``comm/blocked_seconds_per_step``  seconds spent waiting for communication, per batch that stepped
+    ``overlap/anchor_distance``        distance of this rank's model from the anchor at the last boundary
+    =================================  ==================================================================
 
     Args:
         period: Optimizer steps from one boundary to the next [τ].
@@ -60,15 +71,16 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         lr_compensation: Take steps that are larger by (1 − αβ)/(1 − α), 1.45 by default. The step size that schedulers
             and loggers see stays as it is.
         scale_velocity_with_lr: Keep the velocity of the anchor in proportion to the step size (that of the first
-            parameter group), so that after a drop it does not go on at the old speed.
-        warmup_steps: So many steps at first exchange gradients, as DDP does; the anchor starts from what they lead to.
-        overlap: Whether an exchange goes on during the next round. Without it every rank waits, and the training is the
-            same bit by bit: what waiting costs can be seen, and trouble told apart.
-        eval_model: What is validated, and what is in checkpoints and left at the end: the ``mean`` of the models, or
+            parameter group), so that a drop of the step size slows the anchor too.
+        warmup_steps: Number of first steps in which gradients are averaged, as in DDP; the anchor starts
+            from their result.
+        overlap: Average during the next round. Otherwise every rank waits, and the training is the same bit by bit, for
+            finding out what waiting costs and for debugging.
+        eval_model: The model for validation, for checkpoints and at the end: the ``mean`` of the models, or
             the ``anchor``, which lags one round behind. With ``local`` each rank validates its own model, and
             checkpoints and the end are as with ``mean``.
-        buffers: What becomes of floating-point buffers, such as the statistics of batch normalisation, for validation,
-            checkpoints and at the end: ``average`` them too, leave each rank its own (``local``), or take those of
+        buffers: What happens to floating-point buffers, such as the statistics of batch normalisation, for validation,
+            checkpoints and at the end: ``average`` them too, keep each rank's own (``local``), or take those of
             ``rank0``.
         initial_weights: ``broadcast`` those of rank 0, or only ``verify`` that all ranks have the same.
         sigterm_every_n_batches: How often all ranks agree whether to stop on SIGTERM. Lightning does before every
@@ -115,13 +127,13 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         start_method: StartMethod = "popen",
     ) -> None:
         super().__init__(
-            buffers,
-            "keep",
-            initial_weights,
-            sigterm_every_n_batches,
-            process_group_backend,
-            timeout,
-            start_method,
+            buffers=buffers,
+            optimizer_state="keep",
+            initial_weights=initial_weights,
+            sigterm_every_n_batches=sigterm_every_n_batches,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
         )
         expect(period >= 1, "period", "at least 1", period, "The default is 2.")
         remedy = "With 1 training stands still, with 0 ranks never meet; 0.6 is the default."
@@ -134,23 +146,20 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         self.lr_compensation, self.scale_velocity_with_lr = lr_compensation, scale_velocity_with_lr
         self.warmup_steps, self.in_background = warmup_steps, overlap
         self.eval_model = eval_model
-        self._forget()
+        self._reset()
 
     def describe(self) -> str:
-        """When models are pulled together, and what that does to the step size."""
+        """Describe when models are pulled back, and how that changes the step size."""
         effective = effective_step(self.pullback, self.anchor_momentum)
         steps = "compensated" if self.lr_compensation else f"counting {effective:.2f} of their size"
         begin = describe_warm_up(self.warmup_steps)
         waits = "" if self.in_background else ", without overlap"
-        return (
-            f"{begin}pulled towards their mean of one round ago every {self.period} steps{waits}, "
-            f"steps {steps}"
-        )
+        return f"{begin}pulled towards their mean of one round ago every {self.period} steps{waits}, steps {steps}"
 
     def setup(self, trainer: Trainer) -> None:
-        """Make an anchor for what each optimizer trains."""
+        """Prepare the training, with an anchor for each optimizer."""
         super().setup(trainer)
-        self._forget()
+        self._reset()
         if self.exchange is None:
             return
         for replica in self.replicas:
@@ -164,90 +173,94 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
             self._anchors.append(anchor)
 
     def before_step(self, replica: Replica) -> None:
-        """Exchange gradients during the warm-up; after it give new parameters their anchor, and enlarge the step."""
+        """Average gradients during the warm-up; after it initialize anchors of new parameters, and enlarge the step."""
         if self.exchange is None:
             return
         if replica.num_steps < self.warmup_steps:
             average_gradients(self.exchange, replica)
             return
-        self._anchors[replica.index].settle()
-        if self.lr_compensation and replica.index not in self._given:
+        self._anchors[replica.index].initialize()
+        if self.lr_compensation and replica.index not in self._scheduled_lrs:
             groups = replica.optimizer.param_groups
-            self._given[replica.index] = [group["lr"] for group in groups]
+            self._scheduled_lrs[replica.index] = [group["lr"] for group in groups]
             factor = 1 / effective_step(self.pullback, self.anchor_momentum)
             for group in groups:
                 group["lr"] = group["lr"] * factor
 
     def after_step(self, replica: Replica) -> None:
-        """Put the step size back; at a boundary, pull back and start the next exchange."""
-        given = self._given.pop(replica.index, None)
-        if given is not None:
-            for group, lr in zip(replica.optimizer.param_groups, given, strict=True):
+        """Restore the step size; at a boundary, pull the model back and start the next average."""
+        lrs = self._scheduled_lrs.pop(replica.index, None)
+        if lrs is not None:
+            for group, lr in zip(replica.optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr
         num_steps = replica.num_steps - self.warmup_steps
         if num_steps <= 0:
             replica.share()
         elif self._anchors and num_steps % self.period == 0:
-            self._cross(self._anchors[replica.index])
+            self._anchors[replica.index].start_round()
+            if not self.in_background:
+                self._anchors[replica.index].finish_round()
 
-    def _cross(self, anchor: Anchor) -> None:
-        anchor.cross()
-        if not self.in_background:
-            anchor.arrive()
-
-    def candidate(self, replica: Replica) -> list[Tensor] | None:
-        """The anchor, if that is to be evaluated."""
+    def model_to_average(self, replica: Replica) -> list[Tensor] | None:
+        """Return the anchor, if that is to be evaluated."""
         if self.eval_model != "anchor" or not self._anchors:
             return None
         anchor = self._anchors[replica.index]
-        anchor.arrive()
-        return None if anchor.place is None else anchor.place.views
+        anchor.finish_round()
+        return None if anchor.anchor is None else anchor.anchor.views
 
     def on_validation_start(self) -> None:
-        """Wait for what is on its way, and evaluate the mean unless each rank is to evaluate its own model."""
-        self._drain()
+        """Finish pending averages, and validate the common model unless each rank is to validate its own."""
+        self._finish_rounds()
         if self.eval_model != "local":
             super().on_validation_start()
 
     def on_train_end(self) -> None:
-        """Wait for what is on its way: a rank that leaves before would hang up on the others."""
-        self._drain()
+        """Finish pending averages, then leave the common model on every rank."""
+        # A rank that ended earlier would close the connections of the others.
+        self._finish_rounds()
         super().on_train_end()
 
     def own_metrics(self) -> dict[str, float]:
-        """How far this rank was from the anchor at the last boundary."""
+        """Return the distance of this rank's model from the anchor at the last boundary."""
         moved = [float(anchor.moved) for anchor in self._anchors if anchor.moved is not None]
         return {"overlap/anchor_distance": math.hypot(*moved)} if moved else {}
 
     def own_state(self) -> dict[str, Any]:
-        """Anchors and their velocities; what is on its way is waited for."""
+        """Finish pending averages, and return anchors with their velocities."""
         if not self._has_failed:
-            self._drain()
+            self._finish_rounds()
         return {"anchors": [anchor.state_dict() for anchor in self._anchors]}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on with anchors and velocities."""
+        """Restore anchors and velocities."""
         for anchor, saved in zip(self._anchors, state["anchors"], strict=True):
             anchor.load_state_dict(saved)
 
-    def _drain(self) -> None:
+    def _finish_rounds(self) -> None:
         for anchor in self._anchors:
-            anchor.arrive()
+            anchor.finish_round()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._anchors: list[Anchor] = []
-        self._given: dict[int, list[Any]] = {}
+        self._scheduled_lrs: dict[int, list[Any]] = {}
 
 
 class Anchor:
-    """Pulls a replica back, and starts the exchange that is waited for one round later.
+    """The anchor of one replica: the mean of the models one round ago, and the mean that is being computed.
 
     Args:
-        exchange: Between the ranks.
-        replica: What one optimizer trains.
+        exchange: Connects the ranks.
+        replica: Parameters of one optimizer.
         pullback: Share of the way back to the anchor [α].
-        momentum: Of the anchor [β].
+        momentum: Momentum of the anchor [β].
         scales_with_lr: Whether the velocity stays in proportion to the step size.
+
+    Attributes:
+        anchor: The anchor [z]; ``None`` before the first step.
+        velocity: Its velocity [v].
+        in_flight: The pulled-back models, whose mean is being computed.
+        moved: Distance of the model from the anchor at the last boundary.
     """
 
     def __init__(
@@ -261,74 +274,70 @@ class Anchor:
     ) -> None:
         self.exchange, self.replica = exchange, replica
         self.pullback, self.momentum, self.scales_with_lr = pullback, momentum, scales_with_lr
-        self.place: FlatBuffers | None = None
-        self.velocity = self.travelling = FlatBuffers([])
+        self.anchor: FlatBuffers | None = None
+        self.velocity = self.in_flight = FlatBuffers([])
         self.moved: Tensor | None = None
         self._lr, self._scale = 0.0, 1.0
         self._pending: PendingMean | None = None
 
-    def settle(self) -> None:
-        """Take the parameters as they are for the anchor, those that have none yet."""
+    def initialize(self) -> None:
+        """Let the anchor of parameters that have none yet start from their present values."""
         tensors = self.replica.tensors
-        if self.place is not None and self.place.holds(tensors):
+        if self.anchor is not None and self.anchor.holds(tensors):
             return
-        self.arrive()
-        old = (self.place, self.velocity) if self.place is not None else ()
-        self.place, self.velocity = FlatBuffers(tensors), FlatBuffers(tensors)
-        self.travelling = FlatBuffers(tensors)
-        self.place.pack()
-        for before, after in zip(old, (self.place, self.velocity), strict=False):
+        self.finish_round()
+        old = (self.anchor, self.velocity) if self.anchor is not None else ()
+        self.anchor, self.velocity = FlatBuffers(tensors), FlatBuffers(tensors)
+        self.in_flight = FlatBuffers(tensors)
+        self.anchor.pack()
+        for before, after in zip(old, (self.anchor, self.velocity), strict=False):
             _carry_over(before, after)
 
-    def cross(self) -> None:
-        """At a boundary: pull the parameters back, and let them begin to travel."""
-        self.settle()
-        self.arrive()
-        assert self.place is not None
-        self.moved = distance(self.replica.tensors, self.place.views)
-        self.travelling.pack()
-        for model, anchor in zip(self.travelling.buffers, self.place.buffers, strict=True):
+    def start_round(self) -> None:
+        """At a boundary: pull the parameters back, and start averaging them."""
+        self.initialize()
+        self.finish_round()
+        assert self.anchor is not None
+        self.moved = distance(self.replica.tensors, self.anchor.views)
+        self.in_flight.pack()
+        for model, anchor in zip(self.in_flight.buffers, self.anchor.buffers, strict=True):
             pull_back_(model, anchor, self.pullback)
-        self.travelling.unpack()
-        self._take_lr()
-        self._pending = self.exchange.start_mean(self.travelling, self.replica.num_steps)
+        self.in_flight.unpack()
+        self._update_scale()
+        self._pending = self.exchange.all_reduce_mean_async(self.in_flight, self.replica.num_steps)
 
-    def arrive(self) -> None:
-        """Wait for the mean that is on its way, and move the anchor; nothing of it is seen before the next boundary."""
-        if self._pending is None or self.place is None:
+    def finish_round(self) -> None:
+        """Wait for the pending mean, if there is one, and move the anchor; the parameters stay as they are."""
+        if self._pending is None or self.anchor is None:
             return
         pending, self._pending = self._pending, None
-        self.exchange.finish_mean(pending)
-        parts = (self.place.buffers, self.velocity.buffers, self.travelling.buffers)
+        self.exchange.wait_mean(pending)
+        parts = (self.anchor.buffers, self.velocity.buffers, self.in_flight.buffers)
         for anchor, velocity, mean in zip(*parts, strict=True):
             move_anchor_(anchor, velocity, mean, self.momentum * self._scale)
 
-    def _take_lr(self) -> None:
-        # Of the boundary where the exchange starts: when it is waited for depends on validation and checkpoints.
+    def _update_scale(self) -> None:
+        # The step size at the start of a round: when it is finished depends on validation and checkpoints.
         lr = float(self.replica.optimizer.param_groups[0]["lr"])
         self._scale = velocity_scale(lr, self._lr) if self.scales_with_lr else 1.0
         self._lr = lr
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchor and velocity, which are the same on all ranks and so kept by rank 0 alone, and the step size."""
-        has_anchor = self.place is not None
+        """Return the step size, and on rank 0 anchor and velocity, which are the same on all ranks."""
+        has_anchor = self.anchor is not None
         state: dict[str, Any] = {"lr": self._lr, "has_anchor": has_anchor}
-        if self.place is not None and self.exchange.rank == 0:
-            state |= {"anchor": self.place.buffers, "velocity": self.velocity.buffers}
+        if self.anchor is not None and self.exchange.rank == 0:
+            state |= {"anchor": self.anchor.buffers, "velocity": self.velocity.buffers}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; on all ranks alike.
-
-        Args:
-            state: What it returned on this rank.
-        """
+        """Restore :meth:`state_dict`; all ranks must call this together, because rank 0 sends anchor and velocity."""
         self._lr = state["lr"]
         if not state["has_anchor"]:
             return
-        self.settle()
-        assert self.place is not None
-        for key, flat in (("anchor", self.place), ("velocity", self.velocity)):
+        self.initialize()
+        assert self.anchor is not None
+        for key, flat in (("anchor", self.anchor), ("velocity", self.velocity)):
             if key in state:
                 _fill(flat, state[key])
             self.exchange.broadcast(flat, Purpose.STATE, self.replica.num_steps)

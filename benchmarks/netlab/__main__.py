@@ -23,7 +23,7 @@ UNSHAPED = "unshaped"
 
 
 def main() -> None:
-    """Measure, and write the table."""
+    """Run the lab, and write the table."""
     args = _arguments()
     reason = why_not()
     if reason:
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(rate: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All trainings at one rate."""
+    """Run all trainings on links of one rate."""
     network = Network(f"sgdlab{os.getpid()}", args.hosts)
     options = [
         *("--labels", *args.strategies, "--stragglers", *map(str, args.stragglers)),
@@ -57,7 +57,7 @@ def measure(rate: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    """What all trainings have in common."""
+    """Return the settings that all trainings have in common."""
     return {
         "num_hosts": args.hosts,
         "steps": args.steps,
@@ -68,7 +68,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def note(args: argparse.Namespace) -> str:
-    """How the table was made."""
+    """Describe how the table was made."""
     num_parameters = facts(args)["num_parameters"]
     return (
         f"{args.hosts} hosts, network namespaces on one machine with {os.cpu_count()} cores, gloo over virtual "

@@ -1,4 +1,4 @@
-"""What an interface has sent, as the kernel counts it."""
+"""The kernel's counters of what a network interface has sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEADERS = 66
 
 @dataclass(frozen=True)
 class Sent:
-    """Since the interface came up.
+    """Counters since the interface came up.
 
     Attributes:
         num_bytes: With all headers.
@@ -26,7 +26,7 @@ class Sent:
 
     @property
     def payload(self) -> int:
-        """Bytes without headers; a mere acknowledgement has none."""
+        """Bytes without headers; pure acknowledgements have none."""
         return self.num_bytes - HEADERS * self.num_packets
 
 
@@ -49,5 +49,5 @@ def parse(text: str, interface: str) -> Sent:
 
 
 def read(interface: str) -> Sent:
-    """What this process's network namespace has sent over the interface."""
+    """Read what this process's network namespace has sent over the interface."""
     return parse(Path("/proc/self/net/dev").read_text(), interface)

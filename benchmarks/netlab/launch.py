@@ -1,4 +1,4 @@
-"""One `torchrun` node per host, all at once, and what their ranks have measured."""
+"""Start one `torchrun` node per host, and collect the measurements of their ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def node_command(network: Network, index: int, options: Sequence[str]) -> Command:
-    """What starts the rank of a host, there.
+    """Return the command that starts the rank of a host.
 
     Args:
         network: Of the hosts.
@@ -79,7 +79,7 @@ def run(
 
 
 def curve(ranks: list[Snapshots]) -> list[tuple[int, float, float]]:
-    """Step, seconds since the start (mean over the ranks) and loss of the mean of the models.
+    """Return step, seconds since the start (mean over the ranks) and loss of the mean of the models.
 
     Args:
         ranks: By rank, the weights after some steps and when that was.
@@ -107,7 +107,7 @@ def _wait(nodes: list[subprocess.Popen[bytes]], folder: Path, end: float) -> Non
 
 
 def means(ranks: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """By training, the mean over the ranks of every number.
+    """Average every number over the ranks, by training.
 
     Args:
         ranks: By rank, what it measured in every training.

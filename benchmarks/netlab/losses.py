@@ -1,4 +1,4 @@
-"""What the losses along the trainings say: at equal times, until an equal loss, and against the goals."""
+"""Compare losses along the trainings: at equal times, until an equal loss, and with the goals of the lab."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEAR = 1.05  # "DDP's loss" is at most so many times what DDP has at its end
 
 
 def same_link(rows: list[Row], row: Row) -> dict[str, Row]:
-    """The trainings under the same conditions, by label.
+    """Select the trainings under the same conditions, by label.
 
     Args:
         rows: One training each.
@@ -26,7 +26,7 @@ def same_link(rows: list[Row], row: Row) -> dict[str, Row]:
 
 
 def shortest(group: dict[str, Row]) -> float:
-    """Seconds after which the first of them has all its samples.
+    """Return the seconds after which the first training has seen all its samples.
 
     Args:
         group: Trainings, by label.
@@ -35,7 +35,7 @@ def shortest(group: dict[str, Row]) -> float:
 
 
 def loss_at(row: Row, seconds: float) -> float:
-    """Loss so long after the start, on a straight line between what is known around it.
+    """Interpolate the loss at a time after the start linearly.
 
     Args:
         row: One training.
@@ -50,7 +50,7 @@ def loss_at(row: Row, seconds: float) -> float:
 
 
 def time_to(row: Row, loss: float) -> float:
-    """Seconds until the loss is so small, NaN if it never is.
+    """Return the seconds until the loss falls to a level, or NaN if it never does.
 
     Args:
         row: One training.
@@ -65,7 +65,7 @@ def time_to(row: Row, loss: float) -> float:
 
 
 def goals(rows: list[Row]) -> list[str]:
-    """What the lab is to show on slow links, each with what it found; empty where the lines for it are missing.
+    """Return the goals of the lab on slow links, each with its result; empty if lines of the table are missing.
 
     Args:
         rows: One training each.

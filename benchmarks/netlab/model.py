@@ -1,4 +1,4 @@
-"""A cost model fitted to what the lab measured, and what it predicts for more ranks and faster links.
+"""Fit a cost model to the measurements of the lab, and predict more ranks and faster links.
 
 python -m benchmarks.netlab.model
 """
@@ -20,7 +20,7 @@ from .training import SLOWER
 
 Row = dict[str, Any]
 SPEEDS = {"100mbit": 1e8, "200mbit": 2e8, "1gbit": 1e9, "unshaped": math.inf}
-"""Bits per second of the links that the lab knows."""
+"""Bits per second of the links of the lab."""
 RANKS, GIGABITS = (8, 64, 256, 1024), (1, 10, 25, 100)
 LATENCY = 5e-5
 """Seconds per message between hosts that do not share two cores, as in a data centre."""
@@ -30,7 +30,7 @@ NUM_BYTES, COMPUTE = 4 * 25.6e6, 0.1
 
 @dataclass(frozen=True)
 class LinkModel:
-    """Seconds of an exchange: messages · latency + bytes · (8 / (efficiency · speed) + handling).
+    """Model of the seconds of an exchange: messages · latency + bytes · (8 / (efficiency · speed) + handling).
 
     Attributes:
         latency: Seconds per message, whatever its size.
@@ -43,7 +43,7 @@ class LinkModel:
     handling: float
 
     def seconds(self, num_messages: float, num_bytes: float, speed: float) -> float:
-        """Of one exchange.
+        """Predict the seconds of one exchange.
 
         Args:
             num_messages: That a rank sends one after the other.
@@ -59,7 +59,7 @@ class LinkModel:
         )
 
     def costs(self, num_ranks: int, num_bytes: float, speed: float) -> Costs:
-        """Of the exchanges that strategies are made of.
+        """Predict the seconds of each kind of exchange.
 
         Args:
             num_ranks: How many take part.
@@ -72,7 +72,7 @@ class LinkModel:
 
 
 def fit(rows: list[Row]) -> LinkModel:
-    """Least squares over the waiting times of trainings without stragglers that wait for what they exchange.
+    """Fit by least squares to the waiting times of trainings without stragglers that wait for their exchanges.
 
     Only limited links count: without a limit, the cores alone decide, and what else they had to do.
 
@@ -98,7 +98,7 @@ FITTED = ("Local SGD, H = 1", "Local SGD, H = 4", "gossip, one peer", "Gossip-PG
 
 
 def compared(results: Row, model: LinkModel) -> str:
-    """Markdown: milliseconds per step, predicted and measured; those with stragglers had no part in the fit.
+    """Write a Markdown table of milliseconds per step, predicted and measured; stragglers are not in the fit.
 
     Args:
         results: What the lab wrote.
@@ -126,7 +126,7 @@ def compared(results: Row, model: LinkModel) -> str:
 
 
 def predicted(links: LinkModel, num_steps: int = 256) -> str:
-    """Markdown: milliseconds per step for many ranks, by the speed of their links; in brackets with stragglers.
+    """Write a Markdown table of milliseconds per step for many ranks by link speed; in brackets with stragglers.
 
     Args:
         links: What an exchange takes.
@@ -151,7 +151,7 @@ def _milliseconds(pattern: Pattern, slow: np.ndarray, costs: Costs) -> str:
 
 
 def page(results: Row) -> str:
-    """The model, how well it fits, and what it predicts.
+    """Write the page: the model, its fit and its predictions.
 
     Args:
         results: What the lab wrote.
@@ -179,7 +179,7 @@ def page(results: Row) -> str:
 
 
 def main() -> None:
-    """Read the lab's numbers and write the page."""
+    """Read the measurements of the lab, and write the page."""
     parser = argparse.ArgumentParser(prog="benchmarks.netlab.model", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="of the lab")
     folder = parser.parse_args().results

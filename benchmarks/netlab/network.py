@@ -1,4 +1,4 @@
-"""Hosts that are network namespaces on one switch, with links as slow as asked for.
+"""Simulated hosts: network namespaces on one switch, with rate-limited links.
 
 The switch is a bridge in a namespace of its own: nothing is added to the network of the machine itself, and deleting
 the namespaces deletes everything.
@@ -22,8 +22,8 @@ INTERFACE = "eth0"
 TOOLS = ("ip", "tc")
 BURST = "64kb"
 SEGMENT = 32768
-"""Bytes that a sender hands over in one piece. What is larger than the bucket, `tbf` cuts into packets of 1500 bytes,
-and every receiver is woken up for each of them: that takes ten times the work of the exchange itself."""
+"""Bytes that a sender passes on in one piece. `tbf` cuts what exceeds the bucket into packets of 1500 bytes, and waking
+up the receiver for each of them takes ten times the work of the exchange itself."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +40,26 @@ class Network:
 
     @property
     def switch(self) -> str:
-        """The namespace of the bridge."""
+        """Name of the bridge's namespace."""
         return f"{self.prefix}-switch"
 
     @property
     def hosts(self) -> list[str]:
-        """The namespaces of the hosts."""
+        """Names of the hosts' namespaces."""
         return [f"{self.prefix}-{index}" for index in range(self.num_hosts)]
 
     @property
     def namespaces(self) -> list[str]:
-        """All of them."""
+        """Names of all namespaces."""
         return [self.switch, *self.hosts]
 
     @staticmethod
     def address(index: int) -> str:
-        """Of a host, in the subnet of the bridge."""
+        """Return the address of a host in the subnet of the bridge."""
         return f"10.77.0.{index + 1}"
 
     def commands(self) -> list[Command]:
-        """What builds it, links unlimited."""
+        """Return the commands that build the network, without limits."""
         made = [
             f"ip netns add {self.switch}",
             f"ip -n {self.switch} link add bridge type bridge",
@@ -78,7 +78,7 @@ class Network:
         return [line.split() for line in made]
 
     def limits(self, rate: str | None) -> list[Command]:
-        """What limits how fast every host sends; nothing for ``None``."""
+        """Return the commands that limit the rate of every host; none for ``None``."""
         if rate is None:
             return []
         shape = f"root tbf rate {rate} burst {BURST} latency 200ms"
@@ -88,12 +88,12 @@ class Network:
 
 
 def inside(host: str, command: Command) -> Command:
-    """The command, run on a host."""
+    """Return a command as it is run on a host."""
     return ["ip", "netns", "exec", host, *command]
 
 
 def why_not() -> str | None:
-    """One sentence on what is missing for the lab and how to get it; ``None`` if it can be built."""
+    """Say what is missing for the lab and how to get it; ``None`` if it can be built."""
     if not sys.platform.startswith("linux"):
         return f"The network lab needs Linux, this is {sys.platform}: run it in a virtual machine."
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -144,7 +144,7 @@ def remove(network: Network) -> None:
 
 
 def existing() -> list[str]:
-    """The namespaces that have a name."""
+    """List the named namespaces."""
     listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True)
     return [line.split()[0] for line in listed.stdout.splitlines() if line]
 
@@ -164,7 +164,7 @@ def _end_processes(name: str, seconds: float = 3.0) -> None:
 
 
 def processes(name: str) -> list[int]:
-    """Those that run in a namespace; all of them were started by the lab."""
+    """List the processes in a namespace, all of which the lab has started."""
     found = subprocess.run(
         ["ip", "netns", "pids", name], check=False, capture_output=True, text=True
     )

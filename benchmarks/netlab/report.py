@@ -1,4 +1,4 @@
-"""The table, the numbers and the plot."""
+"""Write the table, the numbers and the plot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AGREEMENT = 0.05
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown.
+    """Write the Markdown table.
 
     Args:
         rows: One training each, in the order of the table.
@@ -47,7 +47,7 @@ def _number(value: float, digits: int) -> str:
 
 
 def disagreements(rows: list[Row]) -> list[str]:
-    """Where what a strategy counts and what the interface says are too far apart; counting everything, that is.
+    """List trainings for which the counts of strategy and network interface differ too much.
 
     Args:
         rows: One training each.
@@ -66,7 +66,7 @@ def disagreements(rows: list[Row]) -> list[str]:
 
 
 def write(rows: list[Row], note: str, facts: dict[str, Any], folder: Path) -> None:
-    """Three files named ``netlab``.
+    """Write three files named ``netlab``.
 
     Args:
         rows: One training each.
@@ -87,7 +87,7 @@ def write(rows: list[Row], note: str, facts: dict[str, Any], folder: Path) -> No
 
 
 def plot(rows: list[Row], file: Path) -> None:
-    """Milliseconds per step by link: one panel with a straggler, one without.
+    """Plot milliseconds per step by link: one panel with stragglers, one without.
 
     Args:
         rows: One training each.

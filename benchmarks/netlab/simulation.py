@@ -1,4 +1,4 @@
-"""Clocks of ranks that compute, wait for each other and exchange: when each would be done with each step."""
+"""Simulate the clocks of ranks that compute, wait for each other and communicate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Times: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.float64]]"
 
 @dataclass(frozen=True)
 class Pattern:
-    """Who waits for whom.
+    """The ranks that wait for each other.
 
     Attributes:
         kind: Nobody; everybody; one peer, another one in every step; or everybody, one round later.
@@ -38,12 +38,12 @@ PATTERNS = {
     "Overlap Local-SGD, H = 2": Pattern("late", 2),
     "Overlap Local-SGD, H = 8": Pattern("late", 8),
 }
-"""By the labels of the lab."""
+"""By label of the lab."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of an exchange, from the moment when all who take part are there.
+    """Seconds of an exchange after its last rank has arrived.
 
     Attributes:
         all_reduce: Mean over all ranks.
@@ -55,7 +55,7 @@ class Costs:
 
 
 def slow_steps(num_ranks: int, num_steps: int) -> np.ndarray:
-    """Which steps of which rank are slow: the lab's own draws.
+    """Return the slow steps of each rank, by the same draws as in the lab.
 
     Args:
         num_ranks: Rows.
@@ -66,7 +66,7 @@ def slow_steps(num_ranks: int, num_steps: int) -> np.ndarray:
 
 
 def mean_step(pattern: Pattern, times: Times, costs: Costs, warm_up: int) -> float:
-    """Seconds per step after the warm-up, mean over the ranks.
+    """Return the seconds per step after the warm-up, averaged over the ranks.
 
     Args:
         pattern: Who waits for whom.

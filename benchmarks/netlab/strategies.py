@@ -1,4 +1,4 @@
-"""What is compared: one line each."""
+"""The strategies that are compared, one per line of the table."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def ddp() -> Strategy:
-    """Lightning's default."""
+    """Return Lightning's DDP."""
     return DDPStrategy(timeout=TIMEOUT)
 
 
 def post_local_sgd() -> Strategy:
-    """Lightning's, with torch's averager; on a CPU Lightning drops the hook and gradients travel all the same."""
+    """Return Lightning's post-local SGD; on a CPU Lightning drops its hook, and gradients are averaged all the same."""
     state = PostLocalSGDState(process_group=None, subgroup=None, start_localSGD_iter=0)
     return DDPStrategy(
         ddp_comm_state=state,
@@ -34,7 +34,7 @@ def post_local_sgd() -> Strategy:
 
 
 def ours(name: str, **settings: Any) -> Callable[[], Strategy]:
-    """A strategy of the package; ranks hear SIGTERM from the launcher, not from each other before every batch."""
+    """Return a strategy of the package that leaves SIGTERM to the launcher."""
 
     def make() -> Strategy:
         strategy: Strategy = getattr(lightning_sgd, name)(

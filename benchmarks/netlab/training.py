@@ -1,4 +1,4 @@
-"""The training that every strategy does: a megabyte of parameters, compute simulated by sleep."""
+"""The training of every strategy: a megabyte of parameters, with computation simulated by sleep."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Net(LightningModule):
         self.draws = random.Random(0)
 
     def on_train_start(self) -> None:
-        """Every rank has slow steps of its own, the same ones with every strategy."""
+        """Draw the slow steps of this rank, the same ones with every strategy."""
         self.draws = random.Random(self.global_rank)
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         is_slow = self.draws.random() < SLOW_STEPS and self.straggles
         seconds = COMPUTE * (SLOWER if is_slow else 1)
         begin = time.perf_counter()
@@ -56,7 +56,7 @@ class Net(LightningModule):
         return cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """As most people do."""
+        """Return SGD with momentum."""
         return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
 
 
@@ -74,17 +74,17 @@ class Meter(Callback):
         self.source: TrafficSource | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find who counts."""
+        """Find the source of the counts."""
         self.source = find_source(trainer)
         self.start = time.perf_counter()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let it count."""
+        """Pass the backward pass on to the source of the counts."""
         assert self.source is not None
         self.source.after_backward()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Net, *_: Any) -> None:
-        """Start after the warm-up; a copy of a megabyte now and then takes a tenth of a millisecond."""
+        """Start the clock after the warm-up, and copy the weights, in a tenth of a millisecond."""
         if trainer.global_step == self.warm_up:
             self.begin = self._now(pl_module)
         if trainer.global_step % SNAPSHOT_EVERY == 0:
@@ -92,7 +92,7 @@ class Meter(Callback):
             self.snapshots[trainer.global_step] = (time.perf_counter() - self.start, weights)
 
     def on_train_end(self, trainer: Trainer, pl_module: Net) -> None:
-        """Stop, before the strategy settles on the mean of the models."""
+        """Stop the clock, before the strategy averages the models for the last time."""
         seconds, slept, traffic, sent = self._now(pl_module)
         steps = trainer.global_step - self.warm_up
         counted, on_wire = traffic - self.begin[2], sent - self.begin[3]
@@ -111,13 +111,13 @@ class Meter(Callback):
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """All images, from 0 to 1, and labels."""
+    """Return all images, scaled to [0, 1], and labels."""
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
 
 
 def loss_of(weights: torch.Tensor) -> float:
-    """Cross-entropy on all digits of the network with these weights."""
+    """Return the cross-entropy on all digits of the network with these weights."""
     net = Net(False)
     vector_to_parameters(weights, net.parameters())
     images, labels = digits()
@@ -128,7 +128,7 @@ def loss_of(weights: torch.Tensor) -> float:
 def train(
     strategy: Strategy, straggles: bool, num_hosts: int, num_steps: int, warm_up: int
 ) -> Meter:
-    """One training on this rank, and what was measured of it."""
+    """Train once on this rank, and return the measurements."""
     net, meter = Net(straggles), Meter(warm_up)
     trainer = Trainer(
         accelerator="cpu",

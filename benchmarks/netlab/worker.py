@@ -1,4 +1,4 @@
-"""One rank: trains every line of the table in turn; `torchrun` starts it on every host."""
+"""Train every line of the table in turn on one rank; `torchrun` starts this on every host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .training import train
 
 
 def main() -> None:
-    """Write what every training took into a file of this rank."""
+    """Write the measurements of every training into a file of this rank."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--labels", nargs="+", required=True)
     parser.add_argument("--stragglers", type=int, nargs="+", default=[0, 1])

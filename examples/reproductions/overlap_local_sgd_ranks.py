@@ -52,7 +52,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_sgd import LocalSGDStrategy, OverlapLocalSGDStrategy
 from lightning_sgd.strategies._base.parameter_averaging import ParameterAveragingStrategy
-from lightning_sgd.strategies._base.replica import Replica, copies, put_back
+from lightning_sgd.strategies._base.replica import Replica, clone_all, copy_all_
 from lightning_sgd.strategies._comm.collectives import Purpose
 
 NUM_RANKS = 4
@@ -69,19 +69,19 @@ class Control(ParameterAveragingStrategy):
 
     def __init__(self, period: int) -> None:
         settings = {**OURS, "process_group_backend": None, "initial_weights": "broadcast"}
-        super().__init__("average", "keep", **settings)
+        super().__init__(buffers="average", optimizer_state="keep", **settings)
         self.period = period
         self.anchor: list[Tensor] = []
         self.launched: list[Tensor] = []
 
     def describe(self) -> str:
         """For the line at the start."""
-        return f"compared every {self.period} steps"
+        return f"compared with others every {self.period} steps"
 
     def before_step(self, replica: Replica) -> None:
         """Anchors are the weights before the first step."""
         if not self.anchor:
-            self.anchor, self.launched = copies(replica.tensors), copies(replica.tensors)
+            self.anchor, self.launched = clone_all(replica.tensors), clone_all(replica.tensors)
 
     def after_step(self, replica: Replica) -> None:
         """At a boundary, the rule."""
@@ -92,8 +92,8 @@ class Control(ParameterAveragingStrategy):
         """Of the models of all ranks."""
         assert self.exchange is not None
         replica.flat.pack()
-        self.exchange.mean(replica.flat, Purpose.ROUND, replica.num_steps)
-        return copies(replica.flat.views)
+        self.exchange.all_reduce_mean(replica.flat, Purpose.ROUND, replica.num_steps)
+        return clone_all(replica.flat.views)
 
     @abstractmethod
     def cross(self, replica: Replica) -> None:
@@ -106,8 +106,8 @@ class CoCoDStrategy(Control):
     def cross(self, replica: Replica) -> None:
         """Replace what was launched by its mean."""
         parts = zip(replica.tensors, self.anchor, self.launched, strict=True)
-        put_back(replica.tensors, [x + mean - launched for x, mean, launched in parts])
-        self.launched, self.anchor = copies(replica.tensors), self.mean(replica)
+        copy_all_(replica.tensors, [x + mean - launched for x, mean, launched in parts])
+        self.launched, self.anchor = clone_all(replica.tensors), self.mean(replica)
 
 
 class ElasticAveragingStrategy(Control):
@@ -116,7 +116,7 @@ class ElasticAveragingStrategy(Control):
     def cross(self, replica: Replica) -> None:
         """Ranks and centre attract each other."""
         mean, pairs = self.mean(replica), list(zip(replica.tensors, self.anchor, strict=True))
-        put_back(replica.tensors, [x - 0.9 / NUM_RANKS * (x - centre) for x, centre in pairs])
+        copy_all_(replica.tensors, [x - 0.9 / NUM_RANKS * (x - centre) for x, centre in pairs])
         self.anchor = [c + 0.9 * (m - c) for c, m in zip(self.anchor, mean, strict=True)]
 
 

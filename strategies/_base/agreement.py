@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_sgd._validation import Words, expect
 from lightning_sgd.functional.robust.robust_statistics import majority
-from lightning_sgd.strategies._base.replica import put_back
+from lightning_sgd.strategies._base.replica import copy_all_
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
 from lightning_sgd.strategies._comm.failures import ExchangeError
@@ -23,7 +23,7 @@ def verify_equal_weights(exchange: Collectives, module: torch.nn.Module) -> None
     """Raise if ranks start from different parameters or buffers, by a few bytes each."""
     state = module.state_dict().values()
     mine = fingerprint(value for value in state if isinstance(value, Tensor))
-    prints = exchange.gather_everywhere(mine)
+    prints = exchange.all_gather_object(mine)
     others = [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]
     remedy = "Call `seed_everything` before the model is made, or set initial_weights='broadcast'."
     got = Words(f"others on ranks {others}")
@@ -50,8 +50,10 @@ def agree_on_weights(
     Raises:
         ExchangeError: If no weights have a majority.
     """
-    words = exchange.trade({}, {}, [fingerprint(module.parameters())], Purpose.WEIGHTS, step)
-    prints = [number for number, _ in words]
+    metadata = exchange.all_to_all(
+        {}, {}, [fingerprint(module.parameters())], Purpose.WEIGHTS, step
+    )
+    prints = [number for number, _ in metadata]
     usual = majority(prints)
     if usual is None:
         raise ExchangeError(
@@ -76,6 +78,6 @@ def _copy_from(
     theirs = exchange.broadcast_object(move_data_to_device(mine, torch.device("cpu")), source)
     if exchange.rank == source:
         return
-    put_back(params, theirs["params"])
+    copy_all_(params, theirs["params"])
     for optimizer, state in zip(optimizers, theirs["optimizers"], strict=True):
         optimizer.load_state_dict(state)

@@ -1,8 +1,8 @@
-"""Checkpoints of a training in which every rank has a model of its own.
+"""The format of checkpoints of a training in which every rank has its own model.
 
-The file is an ordinary one: ``state_dict`` is the mean of the models, the rest is that of rank 0. One more key,
-``lightning_sgd``, holds for every rank what it would have written alone. At the start of a fit each rank gets that
-back, so that it goes on exactly where it was; everything else reads the mean.
+The file is an ordinary checkpoint: ``state_dict`` is the mean of the models, the rest is that of rank 0. One more key,
+``lightning_sgd``, holds for every rank what it would have written alone. A training on as many ranks resumes exactly
+from these; everything else reads the mean.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Checkpoint: TypeAlias = dict[str, Any]
 
 
 def rank_part(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> Checkpoint:
-    """What a rank keeps of its own, on the CPU.
+    """Return what is stored for one rank, on the CPU.
 
     Args:
         checkpoint: As Lightning would write it for this rank, with this rank's weights.
-        state: The strategy's own.
+        state: State of the strategy.
     """
     own = {
         key: value
@@ -49,13 +49,13 @@ def with_ranks(
     num_ranks: int,
     shared: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """The checkpoint with every rank's part.
+    """Add the parts of the ranks to the checkpoint of rank 0.
 
     Args:
-        checkpoint: Of rank 0, with the mean of the weights.
-        parts: By rank; only that of the rank that writes when others have failed.
+        checkpoint: Checkpoint of rank 0, with the mean of the weights.
+        parts: Parts in order of rank; only that of the writing rank if others have failed.
         num_ranks: Number of ranks in the training.
-        shared: What a strategy keeps that is the same on all ranks.
+        shared: State of the strategy that is the same on all ranks.
     """
     content = {"version": VERSION, "num_ranks": num_ranks, "ranks": list(parts)}
     if shared:
@@ -66,12 +66,12 @@ def with_ranks(
 def without_common(
     checkpoint: Mapping[str, Any], names: Collection[str], own: Collection[str]
 ) -> Checkpoint:
-    """What a rank has to itself where all ranks have the same weights.
+    """Remove what is the same on all ranks from a rank's checkpoint, if all ranks have the same weights.
 
     Args:
         checkpoint: As Lightning and the callbacks made it for this rank.
-        names: Of all weights and buffers of the module.
-        own: Of those that every rank has to itself.
+        names: Names of all weights and buffers of the module.
+        own: Names of those that differ from rank to rank.
     """
 
     def rest(value: Any) -> Any:
@@ -82,11 +82,7 @@ def without_common(
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with tensors of its own.
-
-    Args:
-        state: A module's state dictionary.
-    """
+    """Clone the tensors of a module's state dictionary."""
     return {
         key: value.detach().clone() if isinstance(value, Tensor) else value
         for key, value in state.items()
@@ -96,64 +92,47 @@ def copied(state: Mapping[str, Any]) -> dict[str, Any]:
 def with_own_weights(
     checkpoint: Checkpoint, mean: Mapping[str, Any] | None, own: Mapping[str, Any]
 ) -> Checkpoint:
-    """The checkpoint with a rank's own weights wherever the mean of the models is.
+    """Replace the mean of the models by a rank's own weights.
 
     Args:
         checkpoint: As Lightning and the callbacks made it.
-        mean: The very dictionary that they were given as the module's.
-        own: This rank's; entries that somebody has taken out of the other stay out.
+        mean: The dictionary that they got as the module's; it is found by identity.
+        own: State dictionary of this rank; entries that a callback has removed from ``mean`` are left out.
     """
 
-    def back(value: Any) -> Any:
+    def restore(value: Any) -> Any:
         if mean is None or value is not mean:
             return value
         return {key: own.get(key, entry) for key, entry in mean.items()}
 
-    return {key: back(value) for key, value in checkpoint.items()}
+    return {key: restore(value) for key, value in checkpoint.items()}
 
 
 def mean_over_ranks(state: Mapping[str, Any], exchange: Collectives, step: int) -> dict[str, Any]:
-    """A state dictionary with the means of its floating-point tensors.
-
-    Args:
-        state: This rank's.
-        exchange: Between the ranks.
-        step: Optimizer steps so far.
-    """
+    """Average the floating-point tensors of a state dictionary over the ranks, which call this together."""
     mean = copied(state)
     floating = [x for x in mean.values() if isinstance(x, Tensor) and x.is_floating_point()]
     flat = FlatBuffers(floating, exact=True)
     flat.pack()
-    exchange.mean(flat, Purpose.CONSENSUS, step)
+    exchange.all_reduce_mean(flat, Purpose.CONSENSUS, step)
     flat.unpack()
     return mean
 
 
 def is_complete(checkpoint: Mapping[str, Any], num_ranks: int) -> bool:
-    """Whether each of so many ranks finds its part.
-
-    Args:
-        checkpoint: As read from the file.
-        num_ranks: Number of ranks now.
-    """
+    """Tell whether the checkpoint has a part for each of the ranks of this training."""
     return KEY in checkpoint and len(checkpoint[KEY]["ranks"]) == num_ranks
 
 
 def for_rank(checkpoint: Checkpoint, rank: int, num_ranks: int) -> Checkpoint:
-    """What a rank goes on from.
-
-    Args:
-        checkpoint: As read from the file.
-        rank: This rank.
-        num_ranks: Number of ranks now.
-    """
+    """Return the checkpoint from which a rank of this training resumes."""
     if KEY not in checkpoint:
         return checkpoint
     parts = checkpoint[KEY]["ranks"]
     if is_complete(checkpoint, num_ranks):
         return _merged(checkpoint, parts[rank])
     states = [part["optimizer_states"] for part in parts if "optimizer_states" in part]
-    why = _why_not(len(parts), checkpoint[KEY]["num_ranks"], num_ranks)
+    why = _describe_missing_parts(len(parts), checkpoint[KEY]["num_ranks"], num_ranks)
     state = {**_shared(parts[0][KEY]), **_same_on_all(checkpoint)}
     if not states:  # all ranks had the same weights and optimizer states
         rank_zero_warn(f"{why}: every rank starts without momentum of its own.")
@@ -165,7 +144,7 @@ def for_rank(checkpoint: Checkpoint, rank: int, num_ranks: int) -> Checkpoint:
 
 
 def _merged(checkpoint: Checkpoint, part: Checkpoint) -> Checkpoint:
-    """What all have in common, and in its place what a rank has to itself."""
+    """Replace entries of the common checkpoint by those of a rank."""
     merged = {**checkpoint, **part, KEY: {**part[KEY], **_same_on_all(checkpoint)}}
     for key, value in part.items():
         common = checkpoint.get(key)
@@ -178,22 +157,19 @@ def _same_on_all(checkpoint: Checkpoint) -> Checkpoint:
     return {"shared": checkpoint[KEY]["shared"]} if "shared" in checkpoint[KEY] else {}
 
 
-def _why_not(num_parts: int, num_then: int, num_now: int) -> str:
+def _describe_missing_parts(num_parts: int, num_then: int, num_now: int) -> str:
     if num_parts < num_then:
         return f"The checkpoint was written after a failure, when {num_parts} of {num_then} ranks could be reached"
     return f"The checkpoint is of {num_then} ranks, this is a training on {num_now}"
 
 
 def _shared(state: Mapping[str, Any]) -> Checkpoint:
-    """The strategy's state without what belongs to a rank alone."""
+    """Remove from the state of the strategy what belongs to one rank."""
     return {key: value for key, value in state.items() if key not in ("random", "own")}
 
 
 def mean_of_states(states: Sequence[Any]) -> Any:
-    """Nested containers with the mean of their floating-point tensors; the rest is that of the first.
-
-    Args:
-        states: Of the same structure.
+    """Average the floating-point tensors of nested containers of the same structure; the rest is that of the first.
 
     Example:
         >>> mean_of_states([{"m": torch.tensor([1.0]), "n": 3}, {"m": torch.tensor([2.0]), "n": 3}])
@@ -213,7 +189,7 @@ def mean_of_states(states: Sequence[Any]) -> Any:
 
 
 def random_states() -> Checkpoint:
-    """The global generators, as tensors, numbers and lists."""
+    """Return the states of the global random generators as tensors, numbers and lists."""
     numpy_state: Any = np.random.get_state()  # noqa: NPY002  # the generator that others draw from
     name, keys, *rest = numpy_state
     states: Checkpoint = {
@@ -227,11 +203,7 @@ def random_states() -> Checkpoint:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put the global generators where they were.
-
-    Args:
-        states: From :func:`random_states`.
-    """
+    """Restore :func:`random_states`."""
     torch.set_rng_state(states["torch"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002  # as above

@@ -1,7 +1,8 @@
-"""The mean of the models, and how a rank gets it and gets its own back."""
+"""The model that all ranks have in common, in place of each rank's own: for evaluation, checkpoints and the end."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
@@ -13,25 +14,111 @@ from torch.optim import Optimizer
 from lightning_sgd._validation import warn_no_effect
 from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
 from lightning_sgd.functional.robust.robust_statistics import finite_median, most_frequent
-from lightning_sgd.strategies._base.replica import Replica, copies, put_back, state_tensors
+from lightning_sgd.strategies._base.replica import Replica, clone_all, copy_all_, state_tensors
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
 from lightning_sgd.strategies._comm.fingerprints import layout
 
 BufferPolicy: TypeAlias = Literal["average", "local", "rank0"]
 OptimizerStatePolicy: TypeAlias = Literal["keep", "reset", "average"]
+BufferRule: TypeAlias = Literal["median", "mean", "rank0", "local"]
+
+RULES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "median": finite_median,
+    "mean": lambda rows: rows.mean(dim=0),
+    "rank0": lambda rows: rows[0],
+}
 
 
-class Consensus:
-    """Averages replicas over the ranks: for good, or only for a while.
+class CommonModel(ABC):
+    """Replaces this rank's own tensors by values that all ranks have in common, temporarily or for good.
+
+    A subclass says which tensors these are and how the common values are made. As a context manager it has the common
+    values in place inside the block.
+    """
+
+    def __init__(self) -> None:
+        self._own: list[Tensor] | None = (
+            None  # copies of this rank's tensors while the common values are in place
+        )
+        self.is_closed = False
+
+    @property
+    @abstractmethod
+    def is_diverged(self) -> bool:
+        """Whether ranks may have different tensors, and can be asked for them."""
+
+    @abstractmethod
+    def mark_diverged(self) -> None:
+        """Expect tensors to differ from now on, because a batch is about to be trained."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that are replaced."""
+
+    @abstractmethod
+    def _load(self) -> None:
+        """Replace the tensors by the common values; all ranks call this together."""
+
+    def swap_in(self) -> None:
+        """Put the common values in place, unless they are there already."""
+        if self._own is None and self.is_diverged:
+            # Before the exchange: if it fails, `close` restores what it has overwritten.
+            self._own = clone_all(self.tensors())
+            self._load()
+
+    def swap_out(self) -> None:
+        """Restore this rank's own tensors, unless they are there already."""
+        if self._own is not None:
+            copy_all_(self.tensors(), self._own)
+            self._own = None
+
+    def finalize(self) -> None:
+        """Put the common values in place for good, at the end of training."""
+        if self._own is None and self.is_diverged:
+            self._load()
+        self._own, self.is_closed = None, True
+
+    def close(self) -> None:
+        """Restore this rank's own tensors and exchange nothing any more, because a rank has failed."""
+        self.swap_out()
+        self.is_closed = True
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Put the common values in place for a block, whichever were there before."""
+        was_in = self._own is not None
+        self.swap_in()
+        try:
+            yield
+        finally:
+            if not was_in:
+                self.swap_out()
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Put this rank's own tensors in place for a block, whichever were there before."""
+        if self._own is None:
+            yield
+            return
+        common = clone_all(self.tensors())
+        copy_all_(self.tensors(), self._own)
+        try:
+            yield
+        finally:
+            copy_all_(self.tensors(), common)
+
+
+class MeanModel(CommonModel):
+    """The mean of the ranks' models, which also continues training after a round.
 
     Args:
-        exchange: Between the ranks; ``None`` where there is only one, and nothing happens.
-        optimizers: What each trains is one replica.
+        exchange: Connects the ranks; ``None`` on one rank, where nothing happens.
+        optimizers: The parameters of each make one replica.
         buffers: Floating-point buffers of the module.
-        candidate: This rank's model as it enters the mean; ``None`` for the parameters as they are.
-        buffer_policy: What becomes of the buffers when models are averaged.
-        state_policy: What becomes of the optimizer state in a round.
+        model_to_average: Returns this rank's model as it enters the mean; ``None`` for the parameters themselves.
+        buffer_policy: What happens to the buffers when models are averaged.
+        state_policy: What happens to the optimizer state in a round.
     """
 
     def __init__(
@@ -39,120 +126,68 @@ class Consensus:
         exchange: Collectives | None,
         optimizers: Sequence[Optimizer],
         buffers: Sequence[Tensor],
-        candidate: Callable[[Replica], Sequence[Tensor] | None],
+        model_to_average: Callable[[Replica], Sequence[Tensor] | None],
         buffer_policy: BufferPolicy,
         state_policy: OptimizerStatePolicy,
     ) -> None:
+        super().__init__()
         self.exchange = exchange
         self.replicas = [Replica(index, optimizer) for index, optimizer in enumerate(optimizers)]
-        self.candidate = candidate
+        self.model_to_average = model_to_average
         self.buffer_policy, self.state_policy = buffer_policy, state_policy
-        # Buffers that never change, such as the mean and scale of inputs, must come out as they are.
+        # In float64: buffers that never change, such as the mean and scale of inputs, must keep every bit.
         self._buffers = FlatBuffers(buffers, exact=True) if buffers else None
-        self._buffers_moved = False
-        self._local: list[Tensor] | None = None
-        self._warned_of_layout = False
-        self._is_closed = False
+        self._buffers_diverged = False
+        self._has_warned = False
 
     @property
-    def is_entered(self) -> bool:
-        """Whether the mean is in the place of this rank's weights."""
-        return self._local is not None
-
-    @property
-    def is_apart(self) -> bool:
-        """Whether ranks may have different models, and can be asked for them."""
-        if self.exchange is None or self._is_closed:
+    def is_diverged(self) -> bool:
+        """Whether weights or buffers may differ."""
+        if self.exchange is None or self.is_closed:
             return False
-        if any(not r.is_shared or self.candidate(r) is not None for r in self.replicas):
+        if any(not r.is_shared or self.model_to_average(r) is not None for r in self.replicas):
             return True
-        return self._buffers_moved and self.buffer_policy != "local"
+        return self._buffers_diverged and self.buffer_policy != "local"
 
-    def move_buffers(self) -> None:
-        """Expect buffers to differ from now on: a batch is going to be trained."""
-        self._buffers_moved = self._buffers is not None
+    def mark_diverged(self) -> None:
+        """Expect buffers to differ; the replicas record by themselves whether their weights do."""
+        self._buffers_diverged = self._buffers is not None
 
-    def round(self, replica: Replica, *, measure: bool = False) -> Tensor | None:
-        """Give all ranks the mean of their weights, for good; buffers and optimizer state as the policies say.
-
-        Args:
-            replica: What one optimizer trains.
-            measure: Whether to return how far this rank was from the mean.
-        """
-        moved = None
-        if self.exchange is not None:
-            moved = self._average(self.exchange, replica, None, Purpose.ROUND, measure=measure)
-            if replica.index == 0:
-                self._share_buffers(self.exchange, Purpose.ROUND)
-            self._share_state(self.exchange, replica)
-        replica.share()
-        return moved
-
-    def settle(self) -> None:
-        """Give all ranks the mean of their candidates, for good; training is over."""
-        self._take()
-        for replica in self.replicas:
-            replica.share()
-        self.close()
-
-    def close(self) -> None:
-        """Put this rank's weights back if need be, and take part in nothing any more."""
-        self.leave()
-        self._is_closed = True
-
-    def enter(self) -> None:
-        """Put the mean of the candidates in the place of this rank's weights, if it is not there already."""
-        if self._local is None and self.is_apart:
-            self._local = copies(self._tensors())
-            self._take()
-
-    def leave(self) -> None:
-        """Put this rank's weights back, if they are not there already."""
-        if self._local is not None:
-            put_back(self._tensors(), self._local)
-            self._local = None
-
-    @contextmanager
-    def mean(self) -> Iterator[None]:
-        """With the mean in place, whatever was there before."""
-        was_in = self.is_entered
-        self.enter()
-        try:
-            yield
-        finally:
-            if not was_in:
-                self.leave()
-
-    @contextmanager
-    def own(self) -> Iterator[None]:
-        """With this rank's weights in place, whatever was there before."""
-        if self._local is None:
-            yield
-            return
-        mean = copies(self._tensors())
-        put_back(self._tensors(), self._local)
-        try:
-            yield
-        finally:
-            put_back(self._tensors(), mean)
-
-    def release(self) -> None:
-        """Free the buffers until they are needed again."""
-        for replica in self.replicas:
-            replica.release()
-
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """Return parameters and buffers."""
         tensors = [tensor for replica in self.replicas for tensor in replica.flat.tensors]
         return tensors if self._buffers is None else tensors + self._buffers.tensors
 
-    def _take(self) -> None:
-        if self.exchange is None or not self.is_apart:
-            return
+    def average(self, replica: Replica, *, measure: bool = False) -> Tensor | None:
+        """Continue training from the mean of the weights; buffers and optimizer state as the policies say.
+
+        Args:
+            replica: Parameters of one optimizer.
+            measure: Whether to return the distance of this rank's weights from the mean.
+        """
+        moved = None
+        if self.exchange is not None:
+            # All ranks exchange weights, buffers and optimizer state in this order.
+            moved = self._average(self.exchange, replica, None, Purpose.ROUND, measure=measure)
+            if replica.index == 0:
+                self._average_buffers(self.exchange, Purpose.ROUND)
+            self._average_state(self.exchange, replica)
+        replica.share()
+        return moved
+
+    def finalize(self) -> None:
+        """Leave the mean on all ranks."""
+        super().finalize()
         for replica in self.replicas:
-            source = self.candidate(replica)
+            replica.share()
+
+    def _load(self) -> None:
+        assert self.exchange is not None
+        for replica in self.replicas:
+            source = self.model_to_average(replica)
             if source is not None or not replica.is_shared:
                 self._average(self.exchange, replica, source, Purpose.CONSENSUS)
-        self._share_buffers(self.exchange, Purpose.CONSENSUS)
+        self._average_buffers(self.exchange, Purpose.CONSENSUS)
 
     @staticmethod
     def _average(
@@ -164,62 +199,54 @@ class Consensus:
         measure: bool = False,
     ) -> Tensor | None:
         flat = replica.flat
-        flat.pack(None if source is None else [*source, *replica.passengers])
-        exchange.mean(flat, purpose, replica.num_steps)
+        flat.pack(None if source is None else [*source, *replica.extra_tensors])
+        exchange.all_reduce_mean(flat, purpose, replica.num_steps)
         moved = replica.distance() if measure else None
         flat.unpack()
         return moved
 
-    def _share_buffers(self, exchange: Collectives, purpose: Purpose) -> None:
+    def _average_buffers(self, exchange: Collectives, purpose: Purpose) -> None:
         if self._buffers is None or self.buffer_policy == "local":
             return
         self._buffers.pack()
-        share = exchange.mean if self.buffer_policy == "average" else exchange.broadcast
-        share(self._buffers, purpose, self.replicas[0].num_steps)
+        is_mean = self.buffer_policy == "average"
+        combine = exchange.all_reduce_mean if is_mean else exchange.broadcast
+        combine(self._buffers, purpose, self.replicas[0].num_steps)
         self._buffers.unpack()
         if purpose is Purpose.ROUND:
-            self._buffers_moved = False
+            self._buffers_diverged = False
 
-    def _share_state(self, exchange: Collectives, replica: Replica) -> None:
+    def _average_state(self, exchange: Collectives, replica: Replica) -> None:
         if self.state_policy == "reset":
             replica.optimizer.state.clear()
         if self.state_policy != "average":
             return
         tensors = state_tensors(replica.optimizer)
         # A rank may lack the state of a parameter that it has not used yet, or whose first step a GradScaler skipped.
-        if not exchange.agree(sum(tensor.numel() for tensor in tensors), replica.num_steps):
-            self._warn_of_layout()
+        if not exchange.all_equal(sum(tensor.numel() for tensor in tensors), replica.num_steps):
+            self._warn_of_missing_state()
         elif tensors:
             flat = FlatBuffers(tensors)
             flat.pack()
-            exchange.mean(flat, Purpose.STATE, replica.num_steps)
+            exchange.all_reduce_mean(flat, Purpose.STATE, replica.num_steps)
             flat.unpack()
 
-    def _warn_of_layout(self) -> None:
-        if not self._warned_of_layout:
+    def _warn_of_missing_state(self) -> None:
+        if not self._has_warned:
             warn_no_effect(
                 "optimizer_state='average' waits until all ranks have state for the same parameters."
             )
-        self._warned_of_layout = True
+        self._has_warned = True
 
 
-BufferRule: TypeAlias = Literal["median", "mean", "rank0", "local"]
-
-RULES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "median": finite_median,
-    "mean": lambda rows: rows.mean(dim=0),
-    "rank0": lambda rows: rows[0],
-}
-
-
-class SharedBuffers:
-    """Puts what the ranks agree on in the place of the buffers: for a while, or for good.
+class AgreedBuffers(CommonModel):
+    """Buffers on which all ranks agree, beside weights that are equal anyway.
 
     Args:
-        exchange: Between the ranks; ``None`` where there is only one, and nothing happens.
-        buffers: Of the module, by name.
+        exchange: Connects the ranks; ``None`` on one rank, where nothing happens.
+        buffers: Buffers of the module by name.
         rule: How floating-point buffers are combined; of others the most frequent value is taken.
-        step: Tells optimizer steps so far.
+        step: Returns the optimizer steps so far.
     """
 
     def __init__(
@@ -229,66 +256,30 @@ class SharedBuffers:
         rule: BufferRule,
         step: Callable[[], int],
     ) -> None:
+        super().__init__()
         self.exchange, self.rule, self.step = exchange, rule, step
         self.buffers = dict(buffers)
-        self._own: list[Tensor] | None = None
-        self._is_apart = False
+        self._is_diverged = False
 
     @property
-    def is_apart(self) -> bool:
-        """Whether ranks may have different buffers, and can be asked for them."""
-        return self._is_apart and self.exchange is not None and self._own is None
+    def is_diverged(self) -> bool:
+        """Whether buffers may differ."""
+        return self._is_diverged and self.exchange is not None and not self.is_closed
 
-    def move(self) -> None:
-        """Expect buffers to differ from now on: a batch is going to be trained."""
-        self._is_apart = bool(self.buffers) and self.rule != "local"
+    def mark_diverged(self) -> None:
+        """Expect buffers to differ, if there are any that are combined."""
+        self._is_diverged = bool(self.buffers) and self.rule != "local"
 
-    def enter(self) -> None:
-        """Put what all agree on in the place of this rank's own."""
-        if self.is_apart:
-            own = copies(self._tensors())
-            put_back(self._tensors(), self.agreed(own))
-            self._own = own
+    def tensors(self) -> list[Tensor]:
+        """Return the buffers."""
+        return list(self.buffers.values())
 
-    def leave(self) -> None:
-        """Put this rank's own back, if they are not there already."""
-        if self._own is not None:
-            put_back(self._tensors(), self._own)
-            self._own = None
+    def _load(self) -> None:
+        copy_all_(self.tensors(), self.agree(self.tensors()))
 
-    def settle(self) -> None:
-        """Put what all agree on in the place of this rank's own, for good."""
-        self.enter()
-        self._own, self._is_apart = None, False
-
-    def close(self) -> None:
-        """Put this rank's own back, and ask nobody any more."""
-        self.leave()
-        self._is_apart = False
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """With what all agree on in place, whatever was there before."""
-        was_in = self._own is not None
-        self.enter()
-        try:
-            yield
-        finally:
-            if not was_in:
-                self.leave()
-
-    def own(self) -> dict[str, Tensor]:
-        """This rank's own, by name, whatever is in their place."""
-        tensors = self._tensors() if self._own is None else self._own
-        return dict(zip(self.buffers, copies(tensors), strict=True))
-
-    def agreed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What all ranks agree on.
-
-        Args:
-            tensors: This rank's, of the same shapes and types on all.
-        """
-        agreed = copies(tensors)
+    def agree(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Combine tensors of the same shapes and types over the ranks; this rank's stay as they are."""
+        agreed = clone_all(tensors)
         for indices, dtype, rule in self._kinds(agreed):
             self._combine([agreed[index] for index in indices], dtype, rule)
         return agreed
@@ -308,15 +299,15 @@ class SharedBuffers:
         if not tensors or self.exchange is None:
             return
         mine = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
-        combined = rule(self._of_all_ranks(self.exchange, mine, tensors))
-        for tensor, part in zip(
-            tensors, torch.split(combined, [x.numel() for x in tensors]), strict=True
-        ):
+        combined = rule(self._gather(self.exchange, mine, tensors))
+        parts = torch.split(combined, [tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
 
-    def _of_all_ranks(self, exchange: AllToAll, mine: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def _gather(self, exchange: AllToAll, mine: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         rows = mine.new_empty(exchange.num_ranks, len(mine))
-        exchange.trade(
+        # Not by `all_gather`, which does not check that all ranks have the same buffers.
+        exchange.all_to_all(
             dict.fromkeys(range(exchange.num_ranks), mine),
             dict(enumerate(rows)),
             (),
@@ -325,6 +316,3 @@ class SharedBuffers:
             layout=layout(("", tensor) for tensor in tensors),
         )
         return rows
-
-    def _tensors(self) -> list[Tensor]:
-        return list(self.buffers.values())

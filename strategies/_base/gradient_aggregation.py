@@ -1,4 +1,4 @@
-"""The base of strategies that combine the gradients of workers in another way than by their mean."""
+"""The base of strategies that combine the gradients of workers by another rule than their mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.strategies._base import checkpoint_format as checkpoints
 from lightning_sgd.strategies._base.agreement import agree_on_weights
-from lightning_sgd.strategies._base.common_model import BufferRule, SharedBuffers
+from lightning_sgd.strategies._base.common_model import AgreedBuffers, BufferRule
 from lightning_sgd.strategies._base.replica import GradientReplica, Replica
 from lightning_sgd.strategies._base.unwrapped import InitialWeights, StartMethod, UnwrappedStrategy
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
@@ -28,19 +28,19 @@ Workers: TypeAlias = Literal["rank", "micro_batch", "both"]
 
 
 class GradientAggregationStrategy(UnwrappedStrategy, ABC):
-    """Trains equal replicas on what a subclass makes of the gradients of all workers.
+    """Trains equal replicas on a combination of the gradients of all workers.
 
-    The module is not wrapped, because DDP averages before anybody can look. Once per optimizer step, after the closure
-    and before the precision plugin unscales and clips, every rank sends the i-th part of its gradient to rank i, which
-    combines the parts that it gets, and sends the result to all: as many bytes as a ring all-reduce. A subclass says
-    how a part is combined (:meth:`aggregate`).
+    The module is not wrapped, because DDP averages gradients before they can be compared. Once per optimizer step,
+    after the closure and before the precision plugin unscales and clips, every rank sends the i-th shard of its
+    gradient to rank i, which combines the shards that it receives and sends the result to all: as many bytes as a ring
+    all-reduce. A subclass says how a shard is combined (:meth:`aggregate`).
 
     With micro-batches as workers, each of the ``accumulate_grad_batches`` gradients is a row of its own.
 
     Args:
         workers: Whose gradients are combined.
         buffers: How floating-point buffers are combined for evaluation and checkpoints.
-        initial_weights: Whether to ``broadcast`` those of rank 0 or to ``verify`` that all ranks have the same.
+        initial_weights: ``broadcast`` those of rank 0, or ``verify`` that all ranks have the same.
         sigterm_every_n_batches: How often all ranks agree whether to stop on SIGTERM; 0 for never.
         process_group_backend: As of ``DDPStrategy``.
         timeout: How long a rank waits for the others before it gives up.
@@ -48,6 +48,9 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
     """
 
     exchange: AllToAll | None
+    common_model: AgreedBuffers | None
+
+    exchanged = "gradients"
 
     against_sync_batchnorm = (
         "It mixes activations of all ranks before gradients are compared; use GroupNorm."
@@ -55,6 +58,7 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
 
     def __init__(
         self,
+        *,
         workers: Workers,
         buffers: BufferRule,
         initial_weights: InitialWeights,
@@ -64,7 +68,11 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         start_method: StartMethod,
     ) -> None:
         super().__init__(
-            initial_weights, sigterm_every_n_batches, process_group_backend, timeout, start_method
+            initial_weights=initial_weights,
+            sigterm_every_n_batches=sigterm_every_n_batches,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
         )
         choices = "rank", "micro_batch", "both"
         remedy = "The default is 'rank'."
@@ -73,72 +81,65 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         remedy = "The default is 'median'."
         expect(buffers in rules, "buffers", f"one of {', '.join(rules)}", buffers, remedy)
         self.workers, self.buffer_rule = workers, buffers
-        self.shared_buffers: SharedBuffers | None = None
         self._replicas: list[GradientReplica] = []
         self._num_skipped, self._num_backwards = 0, 0
-        self._is_settled = True
 
-    # What a subclass says.
+    # Hooks of a subclass.
 
     @abstractmethod
     def aggregate(
         self, replica: GradientReplica, columns: Tensor, absent: list[int]
     ) -> Tensor | None:
-        """Combine the rows of all workers, in this rank's part of the columns.
+        """Combine the rows of all workers in this rank's shard of the columns.
 
         Args:
-            replica: What the gradients are of.
-            columns: Of shape (N, s) for N workers, rank by rank; not scaled by a GradScaler.
-            absent: For each rank, how many of its rows are no gradients; these are NaN.
+            replica: Parameters of one optimizer.
+            columns: Tensor of shape (N, s) for N workers, rank by rank, without the factor of a GradScaler.
+            absent: For each rank, the number of its rows that are no gradients; these are NaN.
 
         Returns:
-            Tensor of shape (s,), or ``None`` on all ranks alike if there is nothing to step by.
+            Tensor of shape (s,), or ``None`` on all ranks if no step can be taken.
         """
 
     def prepare(self, replica: GradientReplica, rows: Tensor) -> Tensor:
-        """What this rank sends instead of its gradients.
-
-        Args:
-            replica: What the gradients are of.
-            rows: Of shape (k, n⌈d/n⌉) for k workers on this rank.
-        """
+        """Return what this rank sends instead of its gradients, of shape (k, n⌈d/n⌉) for k workers on this rank."""
         return rows
 
     def inspect(self, replica: GradientReplica, rows: Tensor, result: Tensor) -> Tensor:
-        """Called with what all ranks made together, which may be put right.
+        """Check, and return, the combination of all shards.
 
         Args:
-            replica: What the gradients are of.
+            replica: Parameters of one optimizer.
             rows: What this rank sent.
-            result: Of shape (n⌈d/n⌉,).
+            result: Tensor of shape (n⌈d/n⌉,).
         """
         return result
 
     @property
     def min_users(self) -> int:
-        """How many ranks must have a gradient of a parameter for it to get one."""
+        """Number of ranks that must have a gradient of a parameter for it to get one."""
         return 1
 
     @property
-    def leaves_gradients_alone(self) -> bool:
-        """Whether the gradient of one rank alone comes out as it is."""
+    def is_identity_on_one_rank(self) -> bool:
+        """Whether the gradient of a single worker is left as it is."""
         return True
 
     # Set-up.
 
     def make_exchange(self) -> AllToAll:
-        """Direct messages between all ranks."""
+        """Create the collectives, with direct messages between all ranks."""
         return AllToAll(self._timeout)
 
     def setup_distributed(self) -> None:
-        """Make the process group, which one process can do without."""
+        """Create the process group; a single process needs none."""
         if self.num_nodes * self.num_processes > 1:
             super().setup_distributed()
         else:
             self.set_world_ranks()
 
     def setup(self, trainer: Trainer) -> None:
-        """On one device nothing is exchanged, not even before an evaluation."""
+        """Prepare the training; a single process evaluates without a process group."""
         if self.world_size == 1 and trainer.state.fn != TrainerFn.FITTING:
             Strategy.setup(self, trainer)
         else:
@@ -148,7 +149,7 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         return model
 
     def begin(self) -> None:
-        """Make the replicas."""
+        """Create the replicas."""
         is_split = self.workers == "micro_batch" and self.exchange is not None
         remedy = (
             "Micro-batches alone are workers on one device only; with several ranks use 'both'."
@@ -162,30 +163,27 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
             GradientReplica(index, optimizer, self.num_ranks, names)
             for index, optimizer in enumerate(self.optimizers)
         ]
-        self.shared_buffers = SharedBuffers(
+        self._num_skipped, self._num_backwards = 0, 0
+        super().begin()
+
+    def make_common_model(self) -> AgreedBuffers:
+        """Create the buffers on which all ranks agree; weights are equal anyway."""
+        return AgreedBuffers(
             self.exchange, self._named_buffers(), self.buffer_rule, lambda: self._num_steps
         )
-        self._num_skipped, self._num_backwards = 0, 0
-        self._is_settled = False
-        super().begin()
 
     def _named_buffers(self) -> dict[str, Tensor]:
         return dict(self._module.named_buffers())
 
     @property
     def replicas(self) -> list[GradientReplica]:
-        """What this rank trains, one by optimizer; none outside of training."""
+        """What this rank trains, one per optimizer; empty outside of training."""
         return self._replicas
 
     # Training.
 
-    def go_apart(self) -> None:
-        """From now on buffers may differ."""
-        if self.shared_buffers is not None:
-            self.shared_buffers.move()
-
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss; where there is none, a constant instead, so that this rank goes on with the others."""
+        """Return the loss, or a constant if there is none, so that this rank steps together with the others."""
         output = super().training_step(*args, **kwargs)
         is_alone = self.exchange is None and self.workers == "rank"
         if output is not None or is_alone or not self._module.automatic_optimization:
@@ -194,7 +192,7 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         return torch.zeros((), device=self.root_device, requires_grad=True)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """With micro-batches as workers, take the gradient of this one out of the sum."""
+        """With micro-batches as workers, move the gradient of this one into a row of its own."""
         super().post_backward(closure_loss)
         self._num_backwards += 1
         if self.workers == "rank":
@@ -207,47 +205,49 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
 
     @property
     def _accumulation(self) -> int:
-        """What Lightning divides the loss by."""
+        """The number by which Lightning divides the loss."""
         return self._trainer.accumulate_grad_batches
 
-    def before_step(self, replica: Replica) -> None:
-        """Combine the gradients between the closure and whatever the precision plugin does with them."""
-        self._exchange_gradients(self._replicas[replica.index])
-
-    def after_step(self, replica: Replica) -> None:
-        """The step was the same on all ranks."""
-        replica.share()
-
     @torch.no_grad()
-    def _exchange_gradients(self, replica: GradientReplica) -> None:
+    def before_step(self, replica: Replica) -> None:
+        """Combine the gradients after the closure, and before the precision plugin unscales and clips them."""
+        replica = self._replicas[replica.index]
         if self.workers == "rank":
             is_absent = 0 < self._num_backwards == self._num_skipped
             self._num_skipped, self._num_backwards = 0, 0
-            if self.exchange is None and self.leaves_gradients_alone:
+            if self.exchange is None and self.is_identity_on_one_rank:
                 return
             replica.pack(1 / self._loss_scale(), absent=is_absent)
         rows = self.prepare(replica, replica.gradients.rows[: replica.gradients.num_packed])
-        self._step_by(replica, *self._combine(replica, rows))
+        self._unpack(replica, *self._combine(replica, rows))
         replica.clear()
+
+    def after_step(self, replica: Replica) -> None:
+        """Record that all ranks took the same step."""
+        replica.share()
 
     def _combine(self, replica: GradientReplica, rows: Tensor) -> tuple[Tensor | None, list[bool]]:
         if self.exchange is None:
             return self.aggregate(replica, rows, [replica.num_absent]), replica.gradients.used
-        columns, words = replica.scatter(self.exchange, rows)
-        shard = self.aggregate(replica, columns, [num_absent for _, num_absent in words])
-        used = replica.used_by(self.exchange, words, lambda count: count >= self.min_users)
+        # Order of collectives on all ranks: shards, those of `aggregate`, masks of used parameters if they differ,
+        # results, those of `inspect`.
+        columns, metadata = replica.scatter(self.exchange, rows)
+        shard = self.aggregate(replica, columns, [num_absent for _, num_absent in metadata])
+        used = replica.used_by(self.exchange, metadata, lambda count: count >= self.min_users)
         if shard is None:
             return None, used
         return self.inspect(replica, rows, replica.gather(self.exchange, shard)), used
 
-    def _step_by(self, replica: GradientReplica, result: Tensor | None, used: list[bool]) -> None:
-        if result is None:  # a GradScaler skips a step by infinity, on all ranks alike
+    def _unpack(self, replica: GradientReplica, result: Tensor | None, used: list[bool]) -> None:
+        gradients = replica.gradients
+        if result is None:  # infinity makes a GradScaler skip the step, on all ranks
             used = [self.has_scaler] * len(used)
-            result = torch.full_like(replica.gradients.rows[0], torch.inf)
+            result = torch.full_like(gradients.rows[0], torch.inf)
         factor = self._loss_scale()
         if self.workers != "rank":
-            factor *= replica.gradients.num_packed / self._accumulation
-        replica.gradients.unpack(result, used, factor)
+            # Lightning divides by the full number of micro-batches, also in an incomplete group.
+            factor *= gradients.num_packed / self._accumulation
+        gradients.unpack(result, used, factor)
 
     @property
     def has_scaler(self) -> bool:
@@ -257,54 +257,35 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
     def _loss_scale(self) -> float:
         return float(self.precision_plugin.scaler.get_scale()) if self.has_scaler else 1.0  # type: ignore[attr-defined]  # of MixedPrecision
 
-    def settle(self) -> None:
-        """Leave the same weights and buffers on every rank, for good."""
-        self.agree()
-        if self.shared_buffers is not None:
-            self.shared_buffers.settle()
-        self._is_settled = True
-
-    def close(self) -> None:
-        """Put this rank's buffers back, and exchange nothing any more."""
-        if self.shared_buffers is not None:
-            self.shared_buffers.close()
-        self._is_settled = True
-
     @property
     def can_exchange(self) -> bool:
-        """Whether the ranks are in training together."""
-        return self.exchange is not None and not self._is_settled and not self._has_failed
+        """Whether all ranks are in training together."""
+        is_open = self.common_model is not None and not self.common_model.is_closed
+        return self.exchange is not None and is_open and not self._has_failed
 
     def agree(self) -> None:
-        """Find out whether all ranks have the same weights, and give those of the majority to the others."""
+        """Compare the weights of all ranks, and give those of the majority to the others."""
         if self.can_exchange and self.exchange is not None:
             agree_on_weights(self.exchange, self._module, self.optimizers, self._num_steps)
 
     def on_validation_start(self) -> None:
-        """Evaluate the same weights and buffers on all ranks."""
+        """Validate the same weights and buffers on all ranks."""
         self.agree()
-        if self.shared_buffers is not None:
-            self.shared_buffers.enter()
+        super().on_validation_start()
 
-    def on_validation_end(self) -> None:
-        """Go on with this rank's own buffers."""
-        if self.shared_buffers is not None:
-            self.shared_buffers.leave()
-
-    def teardown(self) -> None:
-        """Free the rows."""
-        for replica in self._replicas:
-            replica.release()
-        super().teardown()
+    def finalize(self) -> None:
+        """Leave the same weights and buffers on every rank."""
+        self.agree()
+        super().finalize()
 
     # Checkpoints.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights and what all ranks agree on as buffers; exchanges, so every rank must come here."""
+        """Return weights and agreed buffers; all ranks must call this together."""
         state = super().lightning_module_state_dict()
-        if self.can_exchange and self.shared_buffers is not None:
+        if self.can_exchange and self.common_model is not None:
             self.agree()
-            with self.shared_buffers.shared():
+            with self.common_model.swapped_in():
                 state = self._with_copies_of_buffers(super().lightning_module_state_dict())
         self._written = state
         return state
@@ -313,17 +294,21 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         names = self._named_buffers().keys() & state.keys()
         return {**state, **{name: state[name].detach().clone() for name in names}}
 
-    def own_part(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-        """Everything but weights and optimizer states, which are the same on all ranks; with this rank's buffers."""
-        own = {} if self.shared_buffers is None else self.shared_buffers.own()
+    def rank_state(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+        """Return this rank's buffers and all else but weights and optimizer states, which are equal on all ranks."""
+        assert self.common_model is not None
+        with self.common_model.own():
+            own = checkpoints.copied(self.common_model.buffers)
         mine = checkpoints.with_own_weights(checkpoint, self._written, own)
         return checkpoints.without_common(mine, self._module.state_dict().keys(), own.keys())
 
-    def in_common(self, state: Mapping[str, Any], exchange: Collectives) -> Mapping[str, Any]:
-        """The same weights, and as buffers what all agree on."""
-        shared = self.shared_buffers
-        names = [] if shared is None else [name for name in shared.buffers if name in state]
-        if shared is None or not names:
+    def average_over_ranks(
+        self, state: Mapping[str, Any], exchange: Collectives
+    ) -> Mapping[str, Any]:
+        """Replace the buffers of a state dictionary by agreed ones; weights are equal on all ranks."""
+        common = self.common_model
+        names = [] if common is None else [name for name in common.buffers if name in state]
+        if common is None or not names:
             return state
-        agreed = shared.agreed([state[name] for name in names])
+        agreed = common.agree([state[name] for name in names])
         return {**state, **dict(zip(names, agreed, strict=True))}

@@ -1,4 +1,4 @@
-"""Writing one checkpoint for all ranks, and giving each rank its part back."""
+"""Write one checkpoint for all ranks, and give each rank its part back."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lightning_sgd.strategies._comm.collectives import Collectives
 
 
 class RankCheckpoints(DDPStrategy, ABC):
-    """The steps of saving and loading where every rank has something of its own.
+    """Saves and loads checkpoints of trainings in which every rank has a state of its own.
 
-    A subclass says what a rank would have written alone (:meth:`own_part`), what all have in common
-    (:meth:`in_common`), and what else there is to keep.
+    A subclass says what a rank would have written alone (:meth:`rank_state`), how models are averaged over the ranks
+    (:meth:`average_over_ranks`), and what else has to be kept.
     """
 
     exchange: Collectives | None
 
     _is_resumed = False
     _random_states: Mapping[str, Any] | None = None
-    _written: Mapping[str, Any] | None = None  # the module's state as Lightning was given it
+    _written: Mapping[str, Any] | None = None  # the state dictionary that Lightning got last
 
-    # What a subclass says.
+    # Hooks of a subclass.
 
     @property
     @abstractmethod
     def replicas(self) -> Sequence[Replica]:
-        """What this rank trains, one by optimizer; none outside of training."""
+        """What this rank trains, one per optimizer; empty outside of training."""
 
     @property
     @abstractmethod
@@ -41,55 +41,49 @@ class RankCheckpoints(DDPStrategy, ABC):
         """Whether there are other ranks, and all of them can be expected to answer."""
 
     @abstractmethod
-    def own_part(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-        """What this rank would have written alone, as far as the others have something else.
+    def rank_state(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+        """Return what this rank would have written alone, as far as it differs from rank to rank.
 
         Args:
             checkpoint: As Lightning and the callbacks made it.
         """
 
     @abstractmethod
-    def in_common(self, state: Mapping[str, Any], exchange: Collectives) -> Mapping[str, Any]:
-        """What all ranks have in common where a callback has put a model of its own, one per rank.
+    def average_over_ranks(
+        self, state: Mapping[str, Any], exchange: Collectives
+    ) -> Mapping[str, Any]:
+        """Average over the ranks a model that a callback put in place, such as weight averaging's.
 
         Args:
-            state: State of that model on this rank.
-            exchange: Between the ranks; all come here.
+            state: State dictionary of that model on this rank.
+            exchange: Connects all ranks, which call this together.
         """
 
-    def go_apart(self) -> None:
-        """Expect that from now on ranks have different things."""
+    def mark_diverged(self) -> None:
+        """Expect ranks to differ from now on."""
 
-    def start_alike(self) -> None:
-        """Called instead where the checkpoint was no use for each rank's own: all have the same."""
+    def start_from_common(self) -> None:
+        """Start all ranks from the shared model, because the checkpoint has no per-rank state for them."""
 
     def own_state(self) -> dict[str, Any]:
-        """What a subclass needs of its own to resume: tensors, numbers, strings, lists, dictionaries."""
+        """Return state of this rank: tensors, numbers, strings, lists and dictionaries."""
         return {}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`own_state`.
-
-        Args:
-            state: What it returned on this rank.
-        """
+        """Restore :meth:`own_state` of this rank."""
 
     def shared_state(self) -> dict[str, Any]:
-        """What a subclass needs to resume that is the same on all ranks."""
+        """Return state that is the same on all ranks."""
         return {}
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`shared_state`, perhaps on another number of ranks.
-
-        Args:
-            state: What it returned.
-        """
+        """Restore :meth:`shared_state`, possibly on another number of ranks."""
 
     # Saving.
 
     @property
     def num_ranks(self) -> int:
-        """Number of ranks that take part."""
+        """Number of ranks in the training."""
         return 1 if self.exchange is None else self.exchange.num_ranks
 
     @property
@@ -99,24 +93,27 @@ class RankCheckpoints(DDPStrategy, ABC):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
-        """Write what all have in common, and in one more key what each rank needs to go on."""
+        """Write the common model, and under one more key what each rank needs to resume."""
         if "optimizer_states" in checkpoint and self.replicas:
             checkpoint = self._with_all_ranks(checkpoint)
         self._written = None
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _with_all_ranks(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-        part = checkpoints.rank_part(self.own_part(checkpoint), self._state())
+        # `own_state` waits for pending communication, so that it comes before any further exchange.
+        part = checkpoints.rank_part(self.rank_state(checkpoint), self._state())
         shared = self.shared_state()
         if not self.is_connected or self.exchange is None:
             return checkpoints.with_ranks(checkpoint, [part], self.num_ranks, shared)
-        if checkpoint["state_dict"] is not self._written:  # as WeightAveraging does
-            common = self.in_common(checkpoint["state_dict"], self.exchange)
-            checkpoint = {**checkpoint, "state_dict": common}
-        parts = self.exchange.gather(part, self._num_steps)
+        if (
+            checkpoint["state_dict"] is not self._written
+        ):  # a callback replaced it, as WeightAveraging does
+            average = self.average_over_ranks(checkpoint["state_dict"], self.exchange)
+            checkpoint = {**checkpoint, "state_dict": average}
+        parts = self.exchange.gather_object(part, self._num_steps)
         if parts is None:
             return checkpoint
-        # What this rank's part shares with the rest of the file is written once.
+        # Rank 0's own part, not the copy that was gathered: storage that it shares with the rest is written once.
         return checkpoints.with_ranks(checkpoint, [part, *parts[1:]], self.num_ranks, shared)
 
     def _state(self) -> dict[str, Any]:
@@ -131,7 +128,7 @@ class RankCheckpoints(DDPStrategy, ABC):
     def load_checkpoint(
         self, checkpoint_path: _PATH, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """What the file holds: for training on as many ranks this rank's part, else what all have in common."""
+        """Read this rank's part to resume on the same number of ranks, else the common model."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         module = self.lightning_module
         if module is None or module.trainer.state.fn != TrainerFn.FITTING:
@@ -140,7 +137,7 @@ class RankCheckpoints(DDPStrategy, ABC):
         return checkpoints.for_rank(checkpoint, self.global_rank, self.world_size)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the optimizers, then counts, generators and what the subclass keeps."""
+        """Restore the optimizers, then the counts, random generators and state of the subclass."""
         super().load_optimizer_state_dict(checkpoint)
         state = checkpoint.get(checkpoints.KEY)
         if state is None or not self.replicas:
@@ -148,16 +145,17 @@ class RankCheckpoints(DDPStrategy, ABC):
         for replica, saved in zip(self.replicas, state["replicas"], strict=True):
             replica.load_state_dict(saved)
         self.load_shared_state(state.get("shared", {}))
-        if "own" not in state:  # the training was on another number of ranks
-            self.start_alike()
+        if "own" not in state:  # the checkpoint is of another number of ranks
+            self.start_from_common()
             return
-        self.go_apart()
+        self.mark_diverged()
         self.load_own_state(state["own"])
         self._random_states = state["random"]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Put random generators where they were before an interruption; from now on ranks may differ."""
+        """Restore the random generators before the first batch, and expect ranks to differ from now on."""
+        # As late as here, because Lightning draws numbers between loading and the first batch.
         if self._random_states is not None:
             checkpoints.set_random_states(self._random_states)
             self._random_states = None
-        self.go_apart()
+        self.mark_diverged()

@@ -1,4 +1,4 @@
-"""What one optimizer trains, as one rank has it."""
+"""The parameters of one optimizer on one rank, and the gradients of this rank's workers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lightning_sgd.strategies._comm.fingerprints import layout, short_hash
 
 
 class Replica:
-    """The tensors that one optimizer trains, and where this rank is with them.
+    """The parameters of one optimizer, with counts of steps.
 
-    Parameters that are added to the optimizer later, as when layers are unfrozen, take part from then on.
+    Parameters that are added to the optimizer later, as when layers are unfrozen, are included from then on.
 
     Args:
         index: Position of the optimizer.
-        optimizer: Trains the tensors.
+        optimizer: Its parameters make the replica.
 
     Attributes:
-        num_steps: Optimizer steps so far, those that a GradScaler skipped included.
+        num_steps: Optimizer steps so far, including those that a GradScaler skipped.
         num_since: Steps since the ranks last had the same weights.
-        is_shared: Whether all ranks have the same weights now.
-        loss: Of the last step, where its closure returned one.
-        passengers: Small tensors that travel with the parameters whenever they are exchanged.
+        is_shared: Whether all ranks have the same weights.
+        loss: Loss of the last step, if its closure returned one.
+        extra_tensors: Small tensors that are exchanged together with the parameters.
     """
 
     def __init__(self, index: int, optimizer: Optimizer) -> None:
@@ -38,29 +38,32 @@ class Replica:
         self.num_steps, self.num_since = 0, 0
         self.is_shared = True
         self.loss: Tensor | None = None
-        self.passengers: list[Tensor] = []
+        self.extra_tensors: list[Tensor] = []
+        self._params: list[Tensor] = []  # as they are listed in the optimizer
+        self._tensors: list[Tensor] = []
         self._flat: FlatBuffers | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The parameters, frozen or not, with a gradient or not: the same on all ranks."""
-        groups = self.optimizer.param_groups
-        params = [param for group in groups for param in group["params"]]
-        return [
-            param for param in unique(params) if param.is_floating_point() or param.is_complex()
-        ]
+        """The floating-point parameters, frozen or not, with a gradient or not: the same on all ranks."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        # Identities, because `==` compares elements. The old list keeps its tensors alive, so that none is reused.
+        if list(map(id, params)) != list(map(id, self._params)):
+            self._params = params
+            self._tensors = [p for p in unique(params) if p.is_floating_point() or p.is_complex()]
+        return self._tensors
 
     @property
     def flat(self) -> FlatBuffers:
-        """The buffers that the parameters travel in, and with them the passengers."""
-        tensors = [*self.tensors, *self.passengers]
+        """The buffers in which parameters and extra tensors are exchanged."""
+        tensors = [*self.tensors, *self.extra_tensors]
         if self._flat is None or not self._flat.holds(tensors):
             self._flat = FlatBuffers(tensors)
         return self._flat
 
     @property
     def num_bytes(self) -> int:
-        """Size of what travels."""
+        """Size of one exchange."""
         return self.flat.num_bytes
 
     def step(self) -> None:
@@ -70,11 +73,11 @@ class Replica:
         self.is_shared = False
 
     def share(self) -> None:
-        """Note that all ranks have the same weights now."""
+        """Record that all ranks have the same weights."""
         self.num_since, self.is_shared = 0, True
 
     def distance(self) -> Tensor:
-        """How far the parameters are from what is in the buffers."""
+        """Return the distance of the parameters from the contents of the buffers."""
         return distance(self.tensors, self.flat.views)
 
     def release(self) -> None:
@@ -82,7 +85,7 @@ class Replica:
         self._flat = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, and whether the weights were shared."""
+        """Return the counts."""
         return {
             "num_steps": self.num_steps,
             "num_since": self.num_since,
@@ -90,62 +93,22 @@ class Replica:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Args:
-            state: What it returned.
-        """
+        """Restore the counts."""
         self.num_steps, self.num_since = state["num_steps"], state["num_since"]
         self.is_shared = state["is_shared"]
 
 
-def state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """The optimizer state that can be averaged: what has the shape of its parameter.
-
-    Args:
-        optimizer: Of any kind.
-    """
-    return [
-        value
-        for group in optimizer.param_groups
-        for param in group["params"]
-        for key, value in sorted(optimizer.state.get(param, {}).items())
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == param.shape
-    ]
-
-
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A copy of each.
-
-    Args:
-        tensors: On any devices.
-    """
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-@torch.no_grad()
-def put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values back in place.
-
-    Args:
-        tensors: Where to.
-        values: From :func:`copies`.
-    """
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
-
-
 class GradientReplica(Replica):
-    """The tensors that one optimizer trains, and the gradients that this rank has of them.
+    """The parameters of one optimizer, and the gradients of this rank's workers as rows of a matrix.
 
     Args:
         index: Position of the optimizer.
-        optimizer: Trains the tensors.
-        num_ranks: Into how many parts gradients are cut.
-        names: Of the parameters, by identity.
+        optimizer: Its parameters make the replica.
+        num_ranks: Number of shards of a row.
+        names: Names of the parameters by ``id``.
 
     Attributes:
-        num_absent: How many of this rank's rows in this step are no gradients.
+        num_absent: Number of this rank's rows in this step that are no gradients.
     """
 
     def __init__(
@@ -155,16 +118,21 @@ class GradientReplica(Replica):
         self.num_ranks, self.names = num_ranks, names
         self.num_absent = 0
         self._gradients: FlatGradients | None = None
+        self._resolved: list[Tensor] = []
         self._layout = 0
         self._columns: Tensor | None = None
         self._result: Tensor | None = None
 
     @property
     def gradients(self) -> FlatGradients:
-        """This rank's rows; made anew when parameters are added to the optimizer."""
+        """This rank's rows, of the parameters that the optimizer had when the step began."""
+        return self.resolve() if self._gradients is None else self._gradients
+
+    def resolve(self) -> FlatGradients:
+        """Look up the parameters, once per step, and make new rows if they have changed."""
         tensors = self.tensors
-        if self._gradients is None or not self._gradients.holds(tensors):
-            self._gradients = FlatGradients(tensors, self.num_ranks)
+        if self._gradients is None or tensors is not self._resolved:
+            self._gradients, self._resolved = FlatGradients(tensors, self.num_ranks), tensors
             self._columns = self._result = None
             self._layout = layout((self.names.get(id(tensor), "?"), tensor) for tensor in tensors)
         return self._gradients
@@ -175,17 +143,14 @@ class GradientReplica(Replica):
         return self.gradients.num_bytes
 
     def pack(self, factor: float, *, absent: bool) -> None:
-        """Take the gradients as one more row.
-
-        Args:
-            factor: What they are multiplied by.
-            absent: Whether there is no gradient at all.
-        """
+        """Copy the gradients, times ``factor``, into the next row; NaN if there is no gradient at all."""
+        is_first = self._gradients is None or self._gradients.num_packed == 0
+        gradients = self.resolve() if is_first else self.gradients
         self.num_absent += absent
-        self.gradients.pack(factor, absent=absent)
+        gradients.pack(factor, absent=absent)
 
     def clear(self) -> None:
-        """Expect the gradients of another step."""
+        """Start the next step without rows."""
         self.num_absent = 0
         self.gradients.clear()
 
@@ -195,59 +160,78 @@ class GradientReplica(Replica):
         self._gradients, self._columns, self._result = None, None, None
 
     def scatter(self, exchange: AllToAll, rows: Tensor) -> tuple[Tensor, list[list[int]]]:
-        """Give each rank its part of the columns of this rank's rows, and get this rank's part of all rows.
+        """Send to each rank its shard of this rank's rows.
 
         Args:
-            exchange: Between the ranks.
-            rows: Of shape (k, n⌈d/n⌉).
+            exchange: Connects all ranks, which must call this together.
+            rows: Tensor of shape (k, n⌈d/n⌉) for k workers on this rank, n ranks and d parameters.
 
         Returns:
-            The part of this rank, of shape (nk, ⌈d/n⌉), rank by rank, and for each rank a number that stands for which
-            parameters have a gradient, and how many of its rows are none.
+            This rank's shard of the rows of all workers, of shape (nk, ⌈d/n⌉), rank by rank; and for each rank a hash
+            of which parameters have a gradient, and the number of its rows that are no gradients.
         """
         gradients, n = self.gradients, exchange.num_ranks
         parts = rows.view(len(rows), n, gradients.shard_size).transpose(0, 1).contiguous()
-        # Fresh memory of this size would cost as much as copying it.
-        mine = self._columns = _like(parts, self._columns)
-        words = exchange.trade(
+        # Reused, because fresh memory of this size would cost as much as copying it.
+        columns = self._columns = _like(parts, self._columns)
+        metadata = exchange.all_to_all(
             dict(enumerate(parts)),
-            dict(enumerate(mine)),
+            dict(enumerate(columns)),
             [short_hash(bytes(gradients.used)), self.num_absent],
             Purpose.GRADIENTS,
             self.num_steps,
             layout=short_hash(f"{self._layout} {len(rows)}".encode()),
         )
-        return mine.flatten(0, 1), words
+        return columns.flatten(0, 1), metadata
 
     def gather(self, exchange: AllToAll, shard: Tensor) -> Tensor:
-        """The parts of all ranks, one after the other.
-
-        Args:
-            exchange: Between the ranks.
-            shard: The part of this rank, of shape (⌈d/n⌉,).
-        """
+        """Concatenate the shards of all ranks, each of shape (⌈d/n⌉,)."""
         whole = self._result = _like(self.gradients.rows[0], self._result)
-        return exchange.gather_alike(shard, Purpose.GRADIENTS, self.num_steps, whole).flatten()
+        return exchange.all_gather(shard, Purpose.GRADIENTS, self.num_steps, whole).flatten()
 
     def used_by(
-        self, exchange: AllToAll, words: list[list[int]], is_used: Callable[[int], bool]
+        self, exchange: AllToAll, metadata: list[list[int]], is_enough: Callable[[int], bool]
     ) -> list[bool]:
-        """For each tensor, whether it gets a gradient.
+        """Decide for each parameter whether it gets a gradient.
 
         Args:
-            exchange: Between the ranks.
-            words: From :meth:`scatter`.
-            is_used: Whether one does of which so many ranks have a gradient.
+            exchange: Connects all ranks, which must call this together.
+            metadata: From :meth:`scatter`.
+            is_enough: Maps the number of ranks that have a gradient of a parameter to the decision.
         """
         mine = self.gradients.used
-        if len({number for number, _ in words}) == 1:
+        # In nearly all steps the hashes are equal, and no mask is exchanged.
+        if len({used for used, _ in metadata}) == 1:
             return mine
         masks = torch.tensor(mine, dtype=torch.uint8, device=self.gradients.rows.device)
-        counts = exchange.gather_alike(masks, Purpose.GRADIENTS, self.num_steps).sum(dim=0)
-        return [is_used(int(count)) for count in counts]
+        counts = exchange.all_gather(masks, Purpose.GRADIENTS, self.num_steps).sum(dim=0)
+        return [is_enough(int(count)) for count in counts]
+
+
+def state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """List the optimizer state that can be averaged: floating-point tensors of the shape of their parameter."""
+    return [
+        value
+        for group in optimizer.param_groups
+        for param in group["params"]
+        for key, value in sorted(optimizer.state.get(param, {}).items())
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == param.shape
+    ]
+
+
+def clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Clone each tensor without its graph."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def copy_all_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into tensors, in place."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def _like(tensor: Tensor, old: Tensor | None) -> Tensor:
-    """Uninitialised memory; the old one if it fits."""
+    """Return uninitialised memory of the same shape and type; the old one if it fits."""
     fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
     return old if old is not None and fits else torch.empty_like(tensor)

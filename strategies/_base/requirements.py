@@ -1,29 +1,27 @@
-"""What strategies without a wrapper cannot be combined with, said before training starts."""
+"""Refuse before training what strategies without a wrapper cannot be combined with."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
+import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import SyncBatchNorm
 
-from lightning_sgd._validation import expect
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from lightning_sgd.strategies._base.unwrapped import UnwrappedStrategy
+from lightning_sgd._validation import Words, expect
 
 # By name: importing them takes longer than importing this package.
 WRAPPERS = ("FullyShardedDataParallel", "DistributedDataParallel", "DeepSpeedEngine")
 OPTIMIZERS = ("PostLocalSGDOptimizer", "ZeroRedundancyOptimizer", "DistributedOptimizer")
 
+ONE_GRADIENT = (
+    "Ranks that evaluate it a different number of times would wait for each other. Use an optimizer such as SGD or "
+    "Adam, or DDPStrategy."
+)
 
-def refuse_unsupported(strategy: UnwrappedStrategy) -> None:
-    """Raise if module, optimizers or Trainer are set up to exchange something themselves.
 
-    Args:
-        strategy: Connected to its module.
-    """
+def refuse_unsupported(strategy: DDPStrategy, against_sync_batchnorm: str) -> None:
+    """Raise if module, optimizers or trainer communicate by themselves, or steps take several gradients."""
     name = type(strategy).__name__
     module = strategy.lightning_module
     assert module is not None
@@ -34,7 +32,7 @@ def refuse_unsupported(strategy: UnwrappedStrategy) -> None:
         "sync_batchnorm",
         f"False with {name}",
         True,
-        strategy.against_sync_batchnorm,
+        against_sync_batchnorm,
     )
     wrapped = _named(parts, WRAPPERS)
     remedy = f"{name} needs every rank to hold the whole module, unwrapped."
@@ -44,6 +42,11 @@ def refuse_unsupported(strategy: UnwrappedStrategy) -> None:
     distributed = _named(strategy.optimizers, OPTIMIZERS)
     remedy = "Use the optimizer inside it; the strategy exchanges what is needed."
     expect(not distributed, "configure_optimizers", "of plain optimizers", distributed, remedy)
+    # A line search evaluates the closure as often as the data of a rank demand.
+    repeated = [o for o in strategy.optimizers if isinstance(o, torch.optim.LBFGS)]
+    got = Words(", ".join(type(optimizer).__name__ for optimizer in repeated))
+    expected = f"of optimizers that evaluate their closure once per step with {name}"
+    expect(not repeated, "configure_optimizers", expected, got, ONE_GRADIENT)
 
 
 def _named(things: Iterable[object], names: Sequence[str]) -> list[str]:

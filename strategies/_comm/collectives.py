@@ -1,4 +1,4 @@
-"""Collectives of our own: counted, timed, checked to be the same one on every rank."""
+"""Collectives on process groups of their own: counted, timed, and checked to be the same one on every rank."""
 
 from __future__ import annotations
 
@@ -24,18 +24,23 @@ from lightning_sgd.functional.distributed.traffic import (
 )
 from lightning_sgd.strategies._comm.failures import (
     ExchangeError,
-    RollCall,
-    different_places,
+    FailureReports,
+    describe_mismatch,
     is_failed_exchange,
 )
-from lightning_sgd.strategies._comm.in_flight import InFlight, PendingMean, Swap, start_messages
+from lightning_sgd.strategies._comm.in_flight import (
+    InFlight,
+    PendingMean,
+    PendingSendRecv,
+    start_messages,
+)
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
 
 class Purpose(IntEnum):
-    """What an exchange is for; part of what all ranks must agree on."""
+    """The purpose of an exchange, which must be the same on all ranks."""
 
     GRADIENTS = 0
     ROUND = 1
@@ -50,22 +55,24 @@ class Purpose(IntEnum):
 NUM_TAGS = 61
 """Tags are small enough that sums of their squares are exact in float32 for thousands of ranks."""
 
-HANG_UP_SECONDS = 2.0
-"""How long to wait for what is in flight when a rank fails; the end of its process closes the rest."""
+ABORT_SECONDS = 2.0
+"""How long to wait for pending communication when a rank fails; the end of its process closes the rest."""
 
 
 class Collectives:
-    r"""Collectives on process groups of our own, so that those of metrics and Lightning never queue behind them.
+    r"""Collectives on process groups of their own, so that those of metrics and Lightning never queue behind them.
 
-    Every message carries a tag of its purpose and step in two elements, t and t², summed like the rest. By the
-    inequality of Cauchy and Schwarz :math:`n\sum t^2 = (\sum t)^2` only if all tags are equal: a rank that has run
-    out of data, say, is found out instead of having its consensus added to somebody's step.
+    Every buffer carries a tag t of purpose and step in two elements, t and t², which are summed with the rest. By the
+    inequality of Cauchy and Schwarz :math:`n\sum t^2 = (\sum t)^2` only if all tags are equal. A rank that has run out
+    of data, for example, is detected; its evaluation is not added to the training step of another rank.
 
-    Messages between neighbours carry the same tag, and whoever gets one compares it with its own.
+    Messages between neighbours carry the same tag, and the receiver compares it with its own.
+
+    ``purpose`` and ``step``, the optimizer steps so far, must be the same on all ranks.
 
     Args:
         timeout: How long a rank waits for the others.
-        in_background: Whether exchanges will go on while others do, for which they get a group of their own.
+        in_background: Create a second group for exchanges that overlap with others.
     """
 
     def __init__(self, timeout: timedelta | None, *, in_background: bool = False) -> None:
@@ -73,25 +80,20 @@ class Collectives:
         self.traffic = Traffic()
         self._in_flight: list[InFlight] = []
         self.world = dist.group.WORLD
+        # `new_group` is collective: all ranks create the groups in this order.
         self.group = dist.new_group(timeout=timeout)
         self.background = dist.new_group(timeout=timeout) if in_background else self.group
         # Objects travel on the CPU, whatever the backend of tensors is.
         self.objects = dist.new_group(timeout=timeout, backend="gloo")
-        self.roll_call = RollCall(self.rank, self.num_ranks, _get_default_store())
+        self.failure_reports = FailureReports(self.rank, self.num_ranks, _get_default_store())
 
     @property
     def is_valid(self) -> bool:
-        """Whether the process group that this was made in still exists."""
+        """Whether the default process group at construction still exists."""
         return dist.is_initialized() and dist.group.WORLD is getattr(self, "world", None)
 
-    def mean(self, flat: FlatBuffers, purpose: Purpose, step: int) -> None:
-        """Replace what is in the buffers by its mean over the ranks; all ranks get the same bits.
-
-        Args:
-            flat: Packed.
-            purpose: What this is for.
-            step: Optimizer steps so far; the same on all ranks.
-        """
+    def all_reduce_mean(self, flat: FlatBuffers, purpose: Purpose, step: int) -> None:
+        """Replace packed buffers by their mean over the ranks; all ranks get the same bits."""
         tag = _tag(purpose, step)
         with self._timed(purpose, step):
             for buffer in flat.buffers:
@@ -102,13 +104,8 @@ class Collectives:
                     self._raise_mismatch(purpose, step)
                 buffer.div_(self.num_ranks)
 
-    def start_mean(self, flat: FlatBuffers, step: int) -> PendingMean:
-        """Begin to replace what is in the buffers by its mean over the ranks, without waiting.
-
-        Args:
-            flat: Packed; to be left alone until :meth:`finish_mean`.
-            step: Optimizer steps so far; the same on all ranks.
-        """
+    def all_reduce_mean_async(self, flat: FlatBuffers, step: int) -> PendingMean:
+        """Start :meth:`all_reduce_mean`; the buffers must not be touched before :meth:`wait_mean`."""
         pending = PendingMean(flat=flat, step=step)
         with self._timed(Purpose.ANCHOR, step):
             for buffer in flat.buffers:
@@ -119,12 +116,8 @@ class Collectives:
         self._in_flight.append(pending)
         return pending
 
-    def finish_mean(self, pending: PendingMean) -> None:
-        """Wait until the mean is there; all ranks get the same bits.
-
-        Args:
-            pending: In flight.
-        """
+    def wait_mean(self, pending: PendingMean) -> None:
+        """Wait for the mean; all ranks get the same bits."""
         self._in_flight.remove(pending)
         with self._timed(Purpose.ANCHOR, pending.step):
             pending.wait()
@@ -133,87 +126,63 @@ class Collectives:
                 self._raise_mismatch(Purpose.ANCHOR, pending.step)
             buffer.div_(self.num_ranks)
 
-    def start_swap(
+    def send_recv_async(
         self,
         outgoing: Sequence[Tensor],
         send: Sequence[int],
         receive: Mapping[int, Sequence[Tensor]],
         step: int,
-    ) -> Swap:
-        """Send buffers to some ranks and receive as many from others, without waiting.
+    ) -> PendingSendRecv:
+        """Start sending the same buffers to some ranks and receiving from others.
 
         Args:
-            outgoing: To be left alone until they have arrived.
-            send: To whom.
-            receive: From whom, and where to.
-            step: Optimizer steps so far; the same on all ranks.
+            outgoing: Buffers that must not be touched before :meth:`wait_send_recv`.
+            send: Destination ranks.
+            receive: Buffers by source rank.
+            step: Optimizer steps so far.
         """
-        swap = Swap(receive=receive, step=step)
+        pending = PendingSendRecv(receive=receive, step=step)
         with self._timed(Purpose.GOSSIP, step):
             for buffer in outgoing:
                 _stamp(buffer, _tag(Purpose.GOSSIP, step))
                 self._count(*send_traffic(buffer.nbytes, len(send)))
-            swap.works = start_messages(outgoing, send, receive, self.background)
-        self._in_flight.append(swap)
-        return swap
+            pending.works = start_messages(dict.fromkeys(send, outgoing), receive, self.background)
+        self._in_flight.append(pending)
+        return pending
 
-    def finish_swap(self, swap: Swap) -> None:
-        """Wait until everything has arrived, here and there.
-
-        Args:
-            swap: In flight.
-        """
-        self._in_flight.remove(swap)
-        with self._timed(Purpose.GOSSIP, swap.step):
-            swap.wait()
-        for peer, buffers in swap.receive.items():
-            if any(int(buffer[0]) != _tag(Purpose.GOSSIP, swap.step) for buffer in buffers):
-                self._raise_stray(peer, swap.step)
+    def wait_send_recv(self, pending: PendingSendRecv) -> None:
+        """Wait until all messages have been sent and received."""
+        self._in_flight.remove(pending)
+        with self._timed(Purpose.GOSSIP, pending.step):
+            pending.wait()
+        for peer, buffers in pending.receive.items():
+            if any(int(buffer[0]) != _tag(Purpose.GOSSIP, pending.step) for buffer in buffers):
+                self._raise_stray(peer, pending.step)
 
     def broadcast(self, flat: FlatBuffers, purpose: Purpose, step: int) -> None:
-        """Replace what is in the buffers by what rank 0 has in them.
-
-        Args:
-            flat: Packed.
-            purpose: What this is for.
-            step: Optimizer steps so far; the same on all ranks.
-        """
+        """Replace packed buffers by those of rank 0."""
         with self._timed(purpose, step):
             for buffer in flat.buffers:
                 dist.broadcast(buffer, src=0, group=self.group)
                 self._count(*broadcast_traffic(buffer.nbytes, self.num_ranks))
 
-    def agree(self, value: int, step: int) -> bool:
-        """Whether all ranks have the same number.
-
-        Args:
-            value: This rank's.
-            step: Optimizer steps so far, for the message if a rank fails.
-        """
+    def all_equal(self, value: int, step: int) -> bool:
+        """Tell whether all ranks pass the same number."""
         extremes = torch.tensor([value, -value])
         with self._timed(Purpose.STATE, step):
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.objects)
             self._count(*all_reduce_traffic(extremes.nbytes, self.num_ranks))
         return bool(extremes[0] == -extremes[1])
 
-    def gather(self, thing: Any, step: int) -> list[Any] | None:
-        """Bring plain containers of CPU tensors to rank 0, which gets a list by rank; the others ``None``.
-
-        Args:
-            thing: This rank's.
-            step: Optimizer steps so far, for the message if a rank fails.
-        """
+    def gather_object(self, thing: Any, step: int) -> list[Any] | None:
+        """Gather containers of CPU tensors on rank 0, in order of rank; other ranks get ``None``."""
         things = [None] * self.num_ranks if self.rank == 0 else None
         with self._timed(Purpose.STATE, step):
             dist.gather_object(thing, things, dst=0, group=self.objects)
         return things
 
-    def gather_everywhere(self, thing: Any) -> list[Any]:
-        """Bring small things to every rank, in a list by rank.
-
-        Args:
-            thing: This rank's.
-        """
+    def all_gather_object(self, thing: Any) -> list[Any]:
+        """Gather small objects on every rank, in order of rank."""
         things: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(things, thing, group=self.objects)
         return things
@@ -235,44 +204,43 @@ class Collectives:
             self.traffic.seconds += time.perf_counter() - begin
 
     def _explain(self, error: Exception, where: str) -> str:
-        traceback.clear_frames(error.__traceback__)  # they hold on to the group
-        self.hang_up()
-        return f"Rank {self.rank} could not finish the exchange of {where}. {self.roll_call.take(where)}"
+        traceback.clear_frames(error.__traceback__)  # their local variables keep the group alive
+        self.abort()
+        diagnosis = self.failure_reports.collect(where)
+        return f"Rank {self.rank} could not finish the exchange of {where}. {diagnosis}"
 
-    def hang_up(self) -> None:
-        """Close all connections, so that ranks that wait for this one learn of its failure at once."""
-        for exchange in self._in_flight:
-            exchange.works.clear()
+    def abort(self) -> None:
+        """Close all connections, so that ranks that wait for this one notice its failure at once."""
+        for pending in self._in_flight:
+            pending.works.clear()
         kept = [self.__dict__.pop("background", None)] if self._in_flight else []
+        # References first: `destroy_process_group` closes only groups that nobody else holds.
         for name in ("group", "background", "objects", "world"):
             self.__dict__.pop(name, None)
         with suppress(Exception):
             dist.destroy_process_group()
-        # A group closes only when what is in flight in it has arrived or timed out, and whoever closes it waits.
+        # Closing a group blocks until its pending operations have finished or timed out, hence the thread.
         closing = Thread(target=kept.clear, daemon=True)
         closing.start()
-        closing.join(HANG_UP_SECONDS)
+        closing.join(ABORT_SECONDS)
 
     def _raise_stray(self, peer: int, step: int) -> None:
         where = place(Purpose.GOSSIP, step)
-        self.hang_up()
-        said = self.roll_call.take(where)
+        self.abort()
+        diagnosis = self.failure_reports.collect(where)
         raise ExchangeError(
-            f"Rank {self.rank} is in the exchange of {where}, but rank {peer} sent it a message of another one. {said}"
+            f"Rank {self.rank} is in the exchange of {where}, but rank {peer} sent it a message of another one. "
+            f"{diagnosis}"
         )
 
     def _raise_mismatch(self, purpose: Purpose, step: int) -> None:
-        places = self.gather_everywhere(place(purpose, step))
-        raise ExchangeError(different_places(dict(enumerate(places))))
+        # Every rank sees the same sum of tags, so that all come here.
+        places = self.all_gather_object(place(purpose, step))
+        raise ExchangeError(describe_mismatch(dict(enumerate(places))))
 
 
 def place(purpose: Purpose, step: int) -> str:
-    """Where a rank is, in words.
-
-    Args:
-        purpose: Of the exchange.
-        step: Optimizer steps so far.
-    """
+    """Name an exchange for error messages, such as "round after step 12"."""
     return f"{purpose.name.lower()} after step {step}"
 
 

@@ -1,4 +1,4 @@
-"""Exchanges that have been started and not yet waited for."""
+"""Communication that has been started and not been waited for yet."""
 
 from __future__ import annotations
 
@@ -13,80 +13,54 @@ from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
 
 @dataclass(eq=False, kw_only=True)
 class InFlight:
-    """What has been started.
+    """Asynchronous operations that belong together.
 
     Attributes:
-        step: Optimizer steps when it was started.
-        works: What to wait for.
+        step: Optimizer steps when they were started.
+        works: Handles to wait for.
     """
 
     step: int
     works: list[dist.Work] = field(default_factory=list)
 
     def wait(self) -> None:
-        """Wait for all of it."""
-        # What has failed must not be held on to: it holds on to the connections.
+        """Wait until all operations have finished."""
+        # The list is emptied first: a failed operation that stays referenced keeps its connections open.
         works, self.works = self.works, []
         for work in works:
             work.wait()
 
 
 @dataclass(eq=False, kw_only=True)
-class Swap(InFlight):
-    """Messages to and from neighbours.
-
-    Attributes:
-        receive: Buffers by the rank that they come from.
-    """
+class PendingSendRecv(InFlight):
+    """Messages to and from neighbours; ``receive`` holds the buffers by source rank."""
 
     receive: Mapping[int, Sequence[Tensor]]
 
 
 @dataclass(eq=False, kw_only=True)
 class PendingMean(InFlight):
-    """A mean over all ranks.
-
-    Attributes:
-        flat: What becomes of it; nobody touches it meanwhile.
-    """
+    """A mean over all ranks in ``flat``, which must not be touched meanwhile."""
 
     flat: FlatBuffers
 
 
 def start_messages(
-    outgoing: Sequence[Tensor],
-    send: Sequence[int],
-    receive: Mapping[int, Sequence[Tensor]],
-    group: dist.ProcessGroup,
-) -> list[dist.Work]:
-    """Post all receives, then all sends.
-
-    In this order, because the word of gloo that a receiver is ready would wait behind what it sends itself, and the
-    exchange would go one way at a time.
-
-    Args:
-        outgoing: Buffers.
-        send: To whom.
-        receive: From whom, and where to.
-        group: Of all ranks.
-    """
-    return start_letters(dict.fromkeys(send, outgoing), receive, group)
-
-
-def start_letters(
     send: Mapping[int, Sequence[Tensor]],
     receive: Mapping[int, Sequence[Tensor]],
     group: dist.ProcessGroup,
     first_tag: int = 0,
 ) -> list[dist.Work]:
-    """The same with other buffers for every receiver.
+    """Start all receives, then all sends.
 
     Args:
-        send: To whom, and what.
-        receive: From whom, and where to.
-        group: Of all ranks.
-        first_tag: Number of the first message; gloo keeps those of different numbers apart.
+        send: Buffers by destination rank.
+        receive: Buffers by source rank.
+        group: Process group of all ranks.
+        first_tag: Tag of the first message of each pair; gloo matches messages by tag.
     """
+    # Receives first: gloo tells the sender that a receiver is ready, and that notice would queue behind the
+    # receiver's own sends. The two directions would then take turns.
     operations = [
         dist.P2POp(dist.irecv, buffer, peer, group, tag)
         for peer, buffers in receive.items()

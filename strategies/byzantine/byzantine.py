@@ -1,4 +1,4 @@
-"""Training that goes on although some ranks send arbitrary gradients."""
+"""Training that tolerates ranks which send arbitrary gradients."""
 
 from __future__ import annotations
 
@@ -23,50 +23,61 @@ from lightning_sgd.strategies._comm.collectives import Purpose
 from lightning_sgd.strategies.byzantine.robust_reduce import RobustReduce
 from lightning_sgd.strategies.byzantine.shard_audit import ShardAudit
 from lightning_sgd.strategies.byzantine.sharded_rule import (
-    Plan,
-    Rejected,
+    MixingPlan,
+    NoResult,
     ShardedRule,
     StepReport,
     refuse_too_few,
     squared_distances_from,
 )
-from lightning_sgd.strategies.byzantine.simulated_attack import Drill
-from lightning_sgd.strategies.byzantine.worker_momentum import WorkerMomenta
+from lightning_sgd.strategies.byzantine.simulated_attack import SimulatedAttack
+from lightning_sgd.strategies.byzantine.worker_momentum import WorkerMomentum
 
 
 class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
     r"""Replaces the mean of gradients by a rule that a few wrong workers cannot move far.
 
-    Wrong is whatever a worker may send: gradients of poisoned or mislabelled data, of a host that computes wrongly,
-    NaN, infinity, flipped bits, or vectors made up to do harm, another worker in every step if need be; up to
-    ``num_byzantine`` in each. **Collectives are trusted**: see the card for what a rank that lies inside them can do.
+    A wrong worker may send anything: gradients of poisoned or mislabelled data, of a host that computes wrongly, NaN,
+    infinity, flipped bits, or vectors chosen to do harm; up to ``num_byzantine`` workers in each step, not always the
+    same. **Collectives are trusted**: see the card for what a rank that lies inside them can do.
 
-    Rank i gets the i-th part of every rank's gradient; norms and inner products are added up over the ranks; all ranks
-    derive the same weights; rank i combines its part and sends it to all. All replicas stay equal, bit by bit.
+    Rank i receives the i-th shard of every rank's gradient; norms and inner products are summed over the ranks; all
+    ranks derive the same weights from them; rank i combines its shard and sends it to all. All replicas stay equal, bit
+    by bit.
 
     Cost per rank and step: as many bytes as a ring all-reduce, one pass over the gradients for norms, one for
     n × n inner products; three copies of the gradient in memory, whatever n is, and one momentum per worker.
 
+    Logged every ``log_every_n_steps`` batches that stepped:
+
+    =================================  ===============================================================
+    Key                                Meaning, for the logging rank
+    =================================  ===============================================================
+    ``comm/bytes_per_step``            bytes sent, per batch that stepped
+    ``comm/messages_per_step``         messages sent to other ranks, per batch that stepped
+    ``comm/blocked_seconds_per_step``  seconds spent waiting for communication, per batch that stepped
+    =================================  ===============================================================
+
     Args:
         aggregator: The rule: a name such as ``filter``, ``nnm+trmean`` or ``krum``, or an object.
-        num_byzantine: How many workers may be wrong in a step [f], fewer than half; null for what an object says,
-            or 0.
+        num_byzantine: Number of workers that may be wrong in a step [f], fewer than half; null for that of an
+            aggregator object, or 0.
         worker_momentum: Each worker sends :math:`m \leftarrow \beta m + (1 - \beta) g` instead of its gradient g [β];
             0.9 defeats attacks that persist over steps, with SGD without momentum.
         workers: A ``rank`` is a worker; or, on one device, each ``micro_batch`` of ``accumulate_grad_batches``; or
             ``both``: each micro-batch of each rank.
         nonfinite: What happens when more than ``num_byzantine`` gradients are not finite: ``drop`` them all and warn,
             or ``raise``. With a GradScaler the step is skipped.
-        attack: For a drill: what the workers in ``byzantine_ranks`` send instead of their gradients.
-        byzantine_ranks: For a drill: which ranks attack; on one device, which micro-batches.
+        attack: Simulated attack: what the workers in ``byzantine_ranks`` send instead of their gradients.
+        byzantine_ranks: Ranks that carry out the simulated attack; on one device, micro-batches.
         buffers: How floating-point buffers such as the statistics of batch normalisation are combined for evaluation
             and checkpoints: ``median``, ``mean``, those of ``rank0``, or each rank its own (``local``).
         robust_metrics: Whether values logged with ``sync_dist=True`` become medians over the ranks instead of means,
-            and decisions such as early stopping majorities, so that one rank's NaN stops nobody.
-        audit_every: Let a second rank compute one part again every so many steps, and compare the weights of all
-            ranks; 0 for never.
+            and decisions such as early stopping are made by majority, so that one rank's NaN does not stop training.
+        audit_every: Period, in steps, at which a second rank computes one shard again and the weights of all ranks are
+            compared; 0 for never.
         initial_weights: ``broadcast`` those of rank 0, or only ``verify`` that all ranks have the same, which trusts
-            nobody where all build the model from one seed.
+            no rank if all build the model from one seed.
         sigterm_every_n_batches: How often all ranks agree whether to stop on SIGTERM. Lightning does before every
             batch; 0 for never.
         process_group_backend: As of ``DDPStrategy``; by default NCCL on GPUs and gloo elsewhere.
@@ -112,13 +123,13 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         start_method: StartMethod = "popen",
     ) -> None:
         super().__init__(
-            workers,
-            buffers,
-            initial_weights,
-            sigterm_every_n_batches,
-            process_group_backend,
-            timeout,
-            start_method,
+            workers=workers,
+            buffers=buffers,
+            initial_weights=initial_weights,
+            sigterm_every_n_batches=sigterm_every_n_batches,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
         )
         if num_byzantine is None:
             num_byzantine = aggregator.num_byzantine if isinstance(aggregator, Aggregator) else 0
@@ -129,30 +140,32 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         expect(nonfinite in ("drop", "raise"), "nonfinite", "'drop' or 'raise'", nonfinite, remedy)
         expect(audit_every >= 0, "audit_every", "at least 0", audit_every, "0 means never.")
         both = (attack is None) == (not byzantine_ranks)
-        remedy = "A drill needs an attack and who carries it out."
-        expect(both, "byzantine_ranks", "given beside `attack`", list(byzantine_ranks), remedy)
+        remedy = "A simulated attack needs both `attack` and `byzantine_ranks`."
+        expect(
+            both, "byzantine_ranks", "given together with `attack`", list(byzantine_ranks), remedy
+        )
         self.attack, self.byzantine_ranks = attack, list(byzantine_ranks)
-        self.momenta, self.nonfinite = WorkerMomenta(worker_momentum), nonfinite
+        self.momenta, self.nonfinite = WorkerMomentum(worker_momentum), nonfinite
         self.robust_metrics, self.audit_every = robust_metrics, audit_every
-        self.measures_distances = False
+        self.measures_distances = False  # set by `request_distances`
         self._sharded: list[ShardedRule] = []
-        self._plan: Plan | None = None
+        self._plan: MixingPlan | None = None
         self.audit: ShardAudit | None = None
-        self.drill: Drill | None = None
+        self.simulated_attack: SimulatedAttack | None = None
         self._has_warned = False
 
     def describe(self) -> str:
-        """The rule, and whose gradients it combines."""
+        """Describe the rule, and whose gradients it combines."""
         units = {
-            "rank": "ranks",
-            "micro_batch": "micro-batches",
-            "both": "micro-batches of all ranks",
+            "rank": "",
+            "micro_batch": ", one per micro-batch",
+            "both": ", one per micro-batch",
         }
         beta = self.momenta.beta
         momentum = f" with momentum {beta}" if beta else ""
-        who = f", while {self.byzantine_ranks} attack on purpose" if self.attack else ""
+        attack = f", attacked on purpose by {self.byzantine_ranks}" if self.attack else ""
         audit = f", audited every {self.audit_every} steps" if self.audit_every else ""
-        return f"whose gradients{momentum} from {units[self.workers]} {self.rule!r} combines{audit}{who}"
+        return f"combined{units[self.workers]}{momentum} by {self.rule!r}{audit}{attack}"
 
     def request_distances(self, wanted: bool) -> None:
         """Measure in the steps from now on how far each worker's gradient is from the result, or stop to."""
@@ -160,44 +173,48 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
 
     @property
     def reports(self) -> list[StepReport]:
-        """What the rule made of the last step, by optimizer."""
+        """The result of the rule for the last step of each optimizer."""
         return [sharded.report for sharded in self._sharded]
+
+    def request_distances(self, wanted: bool) -> None:
+        """Measure in the steps from now on how far each worker's gradient is from the result, or stop to."""
+        self.measures_distances = wanted
 
     @property
     def num_workers(self) -> int:
-        """How many rows there are in a step."""
+        """Number of rows in a step."""
         per_rank = 1 if self.workers == "rank" else self._accumulation
         return self.num_ranks * per_rank
 
     # Set-up.
 
     def begin(self) -> None:
-        """Refuse what the rule promises nothing for."""
+        """Create the rules, after a check that they have a guarantee for the number of workers."""
         super().begin()
         unit = "ranks" if self.workers == "rank" else "micro-batches"
         refuse_too_few(self.rule, self.num_workers, unit)
         if self.rule.num_byzantine > self.num_workers / 4 and self.is_global_zero:
             warn_outside_intended_use(
                 f"{self.rule.num_byzantine} of {self.num_workers} workers may be wrong. The proofs of the spectral "
-                "filter reach a third if all data are alike, and a quarter if they are not."
+                "filter hold up to a third if all data are alike, and up to a quarter if they are not."
             )
         drops_more = self.nonfinite == "drop" and not self.has_scaler
         self._sharded = [ShardedRule(copy.deepcopy(self.rule), drops_more) for _ in self.replicas]
-        self.momenta, self._has_warned = WorkerMomenta(self.momenta.beta), False
-        self.drill = self._make_drill()
+        self.momenta, self._has_warned = WorkerMomentum(self.momenta.beta), False
+        self.simulated_attack = self._make_attack()
         self.audit = None if self.exchange is None else ShardAudit(self.exchange)
 
-    def _make_drill(self) -> Drill | None:
+    def _make_attack(self) -> SimulatedAttack | None:
         if self.attack is None:
             return None
         count = self.num_workers if self.workers == "micro_batch" else self.num_ranks
         known = all(0 <= rank < count for rank in self.byzantine_ranks)
         remedy = "They count from 0."
         expect(known, "byzantine_ranks", f"below {count}", self.byzantine_ranks, remedy)
-        return Drill(self.attack, self.byzantine_ranks, self.num_ranks)
+        return SimulatedAttack(self.attack, self.byzantine_ranks, self.num_ranks)
 
     def on_train_start(self) -> None:
-        """Refuse an incomplete group of micro-batches that the rule cannot judge."""
+        """Write the start message, after a check that the rule has a guarantee for an incomplete group too."""
         super().on_train_start()
         if self.workers == "rank":
             return
@@ -221,31 +238,31 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         return min(self.rule.num_byzantine + 1, self.num_ranks)
 
     @property
-    def leaves_gradients_alone(self) -> bool:
-        """Whether one rank's gradient is what it sends."""
+    def is_identity_on_one_rank(self) -> bool:
+        """Whether there is no momentum."""
         return self.momenta.beta == 0
 
     def prepare(self, replica: GradientReplica, rows: Tensor) -> Tensor:
-        """The momentum of each worker instead of its gradient."""
-        rows = self.momenta.advance(replica, rows) if self.momenta.beta else rows
-        if self.drill is None:
+        """Return the momentum of each worker instead of its gradient, or what an attacker sends."""
+        rows = self.momenta.update(replica, rows) if self.momenta.beta else rows
+        if self.simulated_attack is None:
             return rows
-        return self.drill.at_home(rows, self.global_rank, replica.num_steps)
+        return self.simulated_attack.on_sender(rows, self.global_rank, replica.num_steps)
 
     def aggregate(
         self, replica: GradientReplica, columns: Tensor, absent: list[int]
     ) -> Tensor | None:
-        """Decide with all ranks what to do with the rows, and do it to this rank's columns."""
+        """Decide with all ranks how the rows are combined, and combine this rank's shard."""
         sharded = self._sharded[replica.index]
         index = 0 if self.exchange is None else self.exchange.rank
-        if self.drill is not None:
-            columns = self.drill.in_columns(columns, index, replica.num_steps)
+        if self.simulated_attack is not None:
+            columns = self.simulated_attack.on_columns(columns, index, replica.num_steps)
         previous = sharded.part_of_previous(replica.gradients, index)
         plan = sharded.decide(columns, absent, previous, self.exchange, replica.num_steps)
-        if isinstance(plan, Rejected):
-            self._complain(plan, replica.num_steps)
+        if isinstance(plan, NoResult):
+            self._raise_or_warn(plan, replica.num_steps)
             return None
-        self._warn_of_more(sharded.report)
+        self._warn_of_dropped(sharded.report)
         self._plan = plan
         shard = sharded.carry_out(plan, columns, previous)
         if self.measures_distances:
@@ -254,7 +271,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
             sharded.remember(shard)
         return shard
 
-    def _complain(self, why: Rejected, step: int) -> None:
+    def _raise_or_warn(self, why: NoResult, step: int) -> None:
         if why.faulty and not self.has_scaler:
             raise ValueError(
                 f"Expected at most {self.rule.num_byzantine} gradients not to be finite, but after step {step} "
@@ -262,11 +279,11 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
             )
         self._warn_once(f"No step was taken after step {step}: {why.reason}.")
 
-    def _warn_of_more(self, report: StepReport) -> None:
+    def _warn_of_dropped(self, report: StepReport) -> None:
         if len(report.dropped) > self.rule.num_byzantine:
             self._warn_once(
                 f"The gradients of workers {list(report.dropped)} are not finite and were dropped, more than "
-                f"num_byzantine={self.rule.num_byzantine}: the rule promises nothing any more."
+                f"num_byzantine={self.rule.num_byzantine}: the rule has no guarantee any more."
             )
 
     def _warn_once(self, message: str) -> None:
@@ -279,44 +296,44 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
     ) -> None:
         squares = squared_distances_from(columns, shard)
         if self.exchange is not None:
-            squares = self.exchange.total(squares, Purpose.GRADIENTS, step)
+            squares = self.exchange.all_reduce_sum(squares, Purpose.GRADIENTS, step)
         sharded.report = replace(sharded.report, distances=squares.sqrt())
 
     def inspect(self, replica: GradientReplica, rows: Tensor, result: Tensor) -> Tensor:
-        """Audit, if it is time to."""
+        """Audit the result if a period has ended."""
         step, sharded = replica.num_steps, self._sharded[replica.index]
         if self.audit_every and self.audit is not None and (step + 1) % self.audit_every == 0:
             number = (step + 1) // self.audit_every - 1
-            result = self.audit(number, rows, result, partial(self._again, replica), step)
+            result = self.audit(number, rows, result, partial(self._recompute, replica), step)
             self.agree()
         sharded.remember(result)
         return result
 
-    def _again(self, replica: GradientReplica, index: int, columns: Tensor) -> Tensor:
+    def _recompute(self, replica: GradientReplica, index: int, columns: Tensor) -> Tensor:
         assert self._plan is not None
         sharded = self._sharded[replica.index]
         previous = sharded.part_of_previous(replica.gradients, index)
-        if self.drill is not None:
-            columns = self.drill.in_columns(columns, index, replica.num_steps)
+        if self.simulated_attack is not None:
+            columns = self.simulated_attack.on_columns(columns, index, replica.num_steps)
         return sharded.carry_out(self._plan, columns, previous)
 
     # Checkpoints.
 
     def own_state(self) -> dict[str, Any]:
-        """The momentum of this rank's workers."""
+        """Return the momentum of this rank's workers."""
         return {"momenta": self.momenta.state_dict(self.replicas)}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on with the momentum of this rank's workers."""
+        """Restore the momentum of this rank's workers."""
         self.momenta.load_state_dict(state["momenta"], self.root_device)
 
     def shared_state(self) -> dict[str, Any]:
-        """What the rules go on from."""
+        """Return the state of the aggregation rules and of the simulated attack."""
         state: dict[str, Any] = {"rules": [sharded.state_dict() for sharded in self._sharded]}
         return state if self.attack is None else {**state, "attack": self.attack.state_dict()}
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Go on from where the rules were."""
+        """Restore the state of the aggregation rules and of the simulated attack."""
         for sharded, saved in zip(self._sharded, state.get("rules", []), strict=False):
             sharded.load_state_dict(saved)
         if self.attack is not None and "attack" in state:

@@ -1,4 +1,4 @@
-"""Whether the ranks return what they should, found out by a second rank that computes one part again."""
+"""Audit shards: a second rank combines one shard again, and all ranks decide if the two differ."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_sgd.strategies._comm.fingerprints import fingerprint
 
 
 def pair(number: int, num_ranks: int) -> tuple[int, int]:
-    """Whose part is looked at, and by whom; in n(n − 1) audits every rank looks at every other once.
+    """Return the owner of the audited shard, and the auditor; in n(n − 1) audits every rank audits every other once.
 
     Args:
-        number: Of the audit.
+        number: Number of the audit, from 0.
         num_ranks: Number of ranks [n].
 
     Example:
@@ -31,14 +31,11 @@ def pair(number: int, num_ranks: int) -> tuple[int, int]:
 
 
 Recompute: TypeAlias = Callable[[int, Tensor], Tensor]
-"""Combines all rows in the columns of a part: from its number and the rows, of shape (N, s)."""
+"""Maps the number of a shard, and that shard of all rows, of shape (N, s), to their combination."""
 
 
 class ShardAudit:
-    """Lets a second rank combine one part of the gradients again, and all ranks where the two differ.
-
-    Args:
-        exchange: Between the ranks.
+    """Compares one shard of the result with what a second rank, and if they differ all ranks, compute for it.
 
     Attributes:
         num_wrong: For each rank, how often it returned something else than the majority.
@@ -51,30 +48,30 @@ class ShardAudit:
     def __call__(
         self, number: int, rows: Tensor, result: Tensor, recompute: Recompute, step: int
     ) -> Tensor:
-        """What the parts should be.
+        """Audit a result, correct it in place, and return it; all ranks call this together.
 
         Args:
-            number: Of the audit.
+            number: Number of the audit, from 0.
             rows: What this rank sent, of shape (k, ns).
-            result: What came back, of shape (ns,); corrected in place.
-            recompute: Combines the rows in a part of the columns.
+            result: Combination of all shards, of shape (ns,).
+            recompute: Combines one shard of all rows.
             step: Optimizer steps so far.
         """
         n = self.exchange.num_ranks
         owner, auditor = pair(number, n)
         mine = rows.view(len(rows), n, -1)[:, owner].contiguous()
-        part = result.view(n, -1)[owner]
+        shard = result.view(n, -1)[owner]
         again = partial(recompute, owner)
-        is_right = self._second_opinion(mine, part, auditor, again, step)
-        words = self.exchange.trade({}, {}, [is_right], Purpose.AUDIT, step)
-        if not words[auditor][0]:
-            self._settle(mine, part, (owner, auditor), again, step)
+        is_right = self._recompute(mine, shard, auditor, again, step)
+        metadata = self.exchange.all_to_all({}, {}, [is_right], Purpose.AUDIT, step)
+        if not metadata[auditor][0]:
+            self._decide(mine, shard, (owner, auditor), again, step)
         return result
 
-    def _second_opinion(
+    def _recompute(
         self,
         mine: Tensor,
-        part: Tensor,
+        shard: Tensor,
         auditor: int,
         again: Callable[[Tensor], Tensor],
         step: int,
@@ -82,36 +79,36 @@ class ShardAudit:
         is_mine = self.exchange.rank == auditor
         columns = mine.new_empty((self.exchange.num_ranks, *mine.shape)) if is_mine else mine[:0]
         receive = dict(enumerate(columns)) if is_mine else {}
-        self.exchange.trade({auditor: mine}, receive, [], Purpose.AUDIT, step)
-        return not is_mine or _hash(again(columns.flatten(0, 1))) == _hash(part)
+        self.exchange.all_to_all({auditor: mine}, receive, [], Purpose.AUDIT, step)
+        return not is_mine or _hash(again(columns.flatten(0, 1))) == _hash(shard)
 
-    def _settle(
+    def _decide(
         self,
         mine: Tensor,
-        part: Tensor,
+        shard: Tensor,
         pair_of_ranks: tuple[int, int],
         again: Callable[[Tensor], Tensor],
         step: int,
     ) -> None:
         owner, auditor = pair_of_ranks
-        computed_here = again(self.exchange.gather_alike(mine, Purpose.AUDIT, step).flatten(0, 1))
-        ours = [_hash(computed_here), _hash(part)]
-        words = self.exchange.trade({}, {}, ours, Purpose.AUDIT, step)
-        truth = majority([computed for computed, _ in words])
+        computed_here = again(self.exchange.all_gather(mine, Purpose.AUDIT, step).flatten(0, 1))
+        ours = [_hash(computed_here), _hash(shard)]
+        metadata = self.exchange.all_to_all({}, {}, ours, Purpose.AUDIT, step)
+        truth = majority([computed for computed, _ in metadata])
         if truth is None:
             rank_zero_warn(
                 f"Ranks {owner} and {auditor} computed different parts of the gradient after step {step}, and so did "
                 "the others: their hardware or libraries compute different bits. Set audit_every=0."
             )
             return
-        wrong = auditor if majority([came for _, came in words]) == truth else owner
+        wrong = auditor if majority([received for _, received in metadata]) == truth else owner
         self.num_wrong[wrong] += 1
         did = "returned a wrong part of the gradient" if wrong == owner else "audited wrongly"
         rank_zero_warn(
-            f"Rank {wrong} {did} after step {step}, found out by rank {owner + auditor - wrong}; it was put right."
+            f"Rank {wrong} {did} after step {step}, detected by rank {owner + auditor - wrong}; it was corrected."
         )
         if ours[0] == truth:
-            part.copy_(computed_here)
+            shard.copy_(computed_here)
 
 
 def _hash(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""A robust rule over ranks that hold a part of the columns each."""
+"""A robust rule over ranks that hold one shard of the columns each."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ from lightning_sgd.strategies._comm.collectives import Purpose
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a rule made of the rows of all workers in one step.
+    """The result of a rule for the rows of all workers in one step.
 
     Attributes:
         step: Optimizer steps before it; ``None`` if there was none.
         num_workers: Number of rows [N].
-        weights: Share of each worker in the result, of shape (N,); ``None`` for rules that look at coordinates
-            in the end.
+        weights: Share of each worker in the result, of shape (N,); ``None`` for rules that end with coordinates.
         dropped: Workers whose rows were not finite, or far too long.
         absent: Workers without a gradient.
-        top_eigenvalue: Of the covariance under the weights, of the spectral filter alone.
-        distances: Of each row from the result, of shape (N,), where they were asked for.
+        top_eigenvalue: Largest eigenvalue of the weighted covariance, with the spectral filter only.
+        distances: Distance of each row from the result, of shape (N,), if requested.
     """
 
     step: int | None = None
@@ -50,13 +49,13 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MixingPlan:
     """How the columns of one step are combined; the same on all ranks.
 
     Attributes:
-        kept: Rows that take part.
-        num_byzantine: How many of these may be faulty.
-        matrix: By which they are multiplied first, if at all.
+        kept: Indices of the rows that are combined.
+        num_byzantine: Number of these that may be faulty.
+        matrix: Matrix by which they are multiplied first, if any.
     """
 
     kept: Sequence[int]
@@ -65,12 +64,12 @@ class Plan:
 
 
 @dataclass
-class Rejected:
-    """Why there is no result.
+class NoResult:
+    """The reason why the rows of a step cannot be combined.
 
     Attributes:
         faulty: Workers whose rows are not finite.
-        reason: In words.
+        reason: The reason, in words.
     """
 
     faulty: Sequence[int]
@@ -79,21 +78,21 @@ class Rejected:
 
 @dataclass
 class ShardedRule:
-    """Decides on all ranks alike what to do with the rows, from sums over the ranks of norms and inner products.
+    """Makes the same decision on all ranks, from norms and inner products summed over the ranks.
 
-    Norms and inner products travel together: each rank subtracts from its columns the row whose norm there is the
-    median, which does not change distances. So a row that is not finite spoils its own inner products only, which are
-    left out once all ranks know of it.
+    Norms and inner products are summed in one exchange. Each rank first subtracts from its columns the row whose norm
+    there is the median, which does not change distances. A row that is not finite then affects only its own inner
+    products, which are left out once all ranks know of it.
 
     Args:
         rule: Combines the rows.
-        drops_more: Whether rows that are not finite are left out also where they are more than the rule expects.
+        drops_more: Whether rows that are not finite are dropped also if there are more than the rule expects.
     """
 
     rule: Aggregator
     drops_more: bool = True
     report: StepReport = field(default_factory=StepReport)
-    previous: Tensor | None = None  # the last result, whole, for rules that go on from it
+    previous: Tensor | None = None  # the last result, of all shards, for rules that start from it
 
     def decide(
         self,
@@ -102,33 +101,33 @@ class ShardedRule:
         previous: Tensor | None,
         exchange: AllToAll | None,
         step: int,
-    ) -> Plan | Rejected:
-        """What to do with the rows.
+    ) -> MixingPlan | NoResult:
+        """Decide how the rows are combined; all ranks call this together.
 
         Args:
-            columns: This rank's part of all rows, of shape (N, s).
-            absent: For each rank, how many of its rows are no gradients.
-            previous: This rank's part of the last result, for rules that go on from it.
-            exchange: Between the ranks.
+            columns: This rank's shard of all rows, of shape (N, s).
+            absent: For each rank, the number of its rows that are no gradients.
+            previous: This rank's shard of the last result, for rules that start from it.
+            exchange: Connects the ranks; ``None`` on one.
             step: Optimizer steps so far.
         """
         norms, gram = self._measure(columns, previous, exchange, step)
-        missing, faulty = _sort_out(norms, absent)
+        missing, faulty = _classify_rows(norms, absent)
         f = self.rule.num_byzantine
         self.report = StepReport(step, len(norms), dropped=tuple(faulty), absent=tuple(missing))
         if len(faulty) + len(missing) == len(norms):
-            return Rejected(faulty, "no worker has a finite gradient")
+            return NoResult(faulty, "no worker has a finite gradient")
         if len(faulty) > f and not self.drops_more:
-            return Rejected(faulty, f"workers {faulty} have gradients that are not finite")
-        # The rule expects as many faulty rows as it was told; it sees no more of them than that.
+            return NoResult(faulty, f"workers {faulty} have gradients that are not finite")
+        # The rule drops up to f rows that are not finite by itself; the others are dropped here.
         passed = [i for i in range(len(norms)) if i not in {*missing, *faulty[f:]}]
         if missing and not self._is_enough(len(passed)):
-            return Rejected(
+            return NoResult(
                 faulty, f"workers {missing} have no gradient, and the others are too few"
             )
         kept, left = self.rule.keep(norms[passed])
         plan = self._plan([passed[index] for index in kept], left, gram)
-        self._take_note(passed, missing, plan)
+        self._report(passed, missing, plan)
         return plan
 
     def _measure(
@@ -145,13 +144,13 @@ class ShardedRule:
         )
         if exchange is None:
             return norms, gram
-        sums = exchange.total(torch.cat([norms, gram.flatten()]), Purpose.GRADIENTS, step)
+        sums = exchange.all_reduce_sum(torch.cat([norms, gram.flatten()]), Purpose.GRADIENTS, step)
         return sums[: len(norms)], sums[len(norms) :].view(gram.shape)
 
     def _reference(self, norms: Tensor) -> int | None:
         if not self.rule.centred:
             return None
-        # Ranks may choose different rows: each part loses the same from all rows, which is one common shift of them.
+        # Ranks may choose different rows: each shard loses the same from all rows, which shifts them all alike.
         finite = norms.isfinite().nonzero().flatten()
         return int(finite[median_row(norms[finite])]) if len(finite) else 0
 
@@ -162,14 +161,14 @@ class ShardedRule:
             return False
         return True
 
-    def _plan(self, kept: Sequence[int], num_byzantine: int, gram: Tensor) -> Plan:
+    def _plan(self, kept: Sequence[int], num_byzantine: int, gram: Tensor) -> MixingPlan:
         if not self.rule.needs_gram:
-            return Plan(kept, num_byzantine, None)
+            return MixingPlan(kept, num_byzantine, None)
         chosen = [*kept, len(gram) - 1] if self.rule.uses_previous_output else list(kept)
         matrix = self.rule.mixing(gram[chosen][:, chosen], num_byzantine)
-        return Plan(kept, num_byzantine, matrix)
+        return MixingPlan(kept, num_byzantine, matrix)
 
-    def _take_note(self, passed: Sequence[int], missing: Sequence[int], plan: Plan) -> None:
+    def _report(self, passed: Sequence[int], missing: Sequence[int], plan: MixingPlan) -> None:
         found, weights, num_rows = self.rule.report, None, self.report.num_workers
         is_final = plan.matrix is not None and len(plan.matrix) == 1
         if found.weights is not None and is_final:
@@ -184,13 +183,13 @@ class ShardedRule:
             top_eigenvalue=found.top_eigenvalue,
         )
 
-    def carry_out(self, plan: Plan, columns: Tensor, previous: Tensor | None) -> Tensor:
-        """Combine columns as decided.
+    def carry_out(self, plan: MixingPlan, columns: Tensor, previous: Tensor | None) -> Tensor:
+        """Combine one shard as decided.
 
         Args:
             plan: From :meth:`decide`.
-            columns: Some columns of all rows, of shape (N, s).
-            previous: The same columns of the last result, for rules that go on from it.
+            columns: One shard of all rows, of shape (N, s).
+            previous: The same shard of the last result, for rules that start from it.
 
         Returns:
             Tensor of shape (s,).
@@ -206,21 +205,12 @@ class ShardedRule:
         return result
 
     def remember(self, result: Tensor) -> None:
-        """Keep the result, whole, if the rule goes on from it.
-
-        Args:
-            result: Of all ranks together.
-        """
+        """Keep the result, of all shards, if the rule starts from it in the next step."""
         if self.rule.uses_previous_output:
             self.previous = result.clone()
 
     def part_of_previous(self, gradients: FlatGradients, index: int) -> Tensor | None:
-        """A part of the last result, at first zeros, for rules that go on from it.
-
-        Args:
-            gradients: Say how long the parts are.
-            index: Number of the part.
-        """
+        """Return one shard of the last result, at first zeros, for rules that start from it."""
         if not self.rule.uses_previous_output:
             return None
         whole = torch.zeros_like(gradients.rows[0])
@@ -230,22 +220,18 @@ class ShardedRule:
         return whole.view(gradients.num_shards, -1)[index]
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on; the same on all ranks."""
+        """Return what the next step depends on; the same on all ranks."""
         state: dict[str, Any] = {"rule": self.rule.state_dict()}
         return state if self.previous is None else {**state, "previous": self.previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Args:
-            state: What it returned.
-        """
+        """Restore :meth:`state_dict`."""
         self.rule.load_state_dict(state["rule"])
         self.previous = state.get("previous")
 
 
-def _sort_out(norms: Tensor, absent: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Rows that are no gradients, and others that are not finite."""
+def _classify_rows(norms: Tensor, absent: Sequence[int]) -> tuple[list[int], list[int]]:
+    """List the rows that are no gradients, and the others that are not finite."""
     missing, faulty = [], []
     rows_per_rank = len(norms) // len(absent)
     for rank, num_absent in enumerate(absent):
@@ -257,12 +243,7 @@ def _sort_out(norms: Tensor, absent: Sequence[int]) -> tuple[list[int], list[int
 
 
 def squared_distances_from(columns: Tensor, point: Tensor) -> Tensor:
-    """Squared distance of each row from a point, of shape (N,), in double precision on the CPU.
-
-    Args:
-        columns: Of shape (N, s).
-        point: Of shape (s,).
-    """
+    """Return the squared distance of each row, of shape (N, s), from a point: shape (N,), float64, on the CPU."""
     total = torch.zeros(len(columns), dtype=torch.float64)
     for where, block in column_blocks(columns):
         total += (block - point[where]).double().square().sum(dim=1).cpu()
@@ -270,13 +251,7 @@ def squared_distances_from(columns: Tensor, point: Tensor) -> Tensor:
 
 
 def refuse_too_few(rule: Aggregator, num_workers: int, unit: str) -> None:
-    """Raise if the rule promises nothing for so many workers.
-
-    Args:
-        rule: Combines the rows.
-        num_workers: Number of rows in a step.
-        unit: What a worker is.
-    """
+    """Raise if the rule has no guarantee for this number of workers, which are ranks or micro-batches (``unit``)."""
     expect(
         2 * rule.num_byzantine < num_workers,
         "num_byzantine",

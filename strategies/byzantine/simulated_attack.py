@@ -1,4 +1,4 @@
-"""Workers that attack on purpose, to see what a rule is worth before somebody else does."""
+"""Workers that attack on purpose, to test a rule before anybody else does."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from lightning_sgd.aggregation import Attack
 from lightning_sgd.strategies._comm.fingerprints import short_hash
 
 
-class Drill:
-    """Replaces what some workers send.
+class SimulatedAttack:
+    """Replaces the rows of some workers.
 
-    An attack that needs no more than what a worker would have sent replaces it there. One that knows what the honest
-    workers send is carried out by the ranks that combine: each replaces its columns, so that nothing more is sent.
+    An attack that depends on the attacker's own gradient only replaces it on the sender. One that knows the gradients
+    of honest workers is simulated by the ranks that combine: each replaces the rows in its columns, so that nothing
+    more is sent.
 
     Args:
-        attack: Makes the rows of faulty workers from those of the honest.
-        ranks: Which ranks attack, all their micro-batches included; on one device, which micro-batches.
+        attack: Makes the rows of faulty workers from those of the honest ones.
+        ranks: Ranks that attack, with all their micro-batches; on one device, the micro-batches that attack.
         num_ranks: Number of ranks.
     """
 
@@ -30,32 +31,20 @@ class Drill:
         expect(fits, "attack", "one that needs no whole rows of others", attack, remedy)
         self.attack, self.ranks, self.num_ranks = attack, sorted(set(ranks)), num_ranks
 
-    def at_home(self, rows: Tensor, rank: int, step: int) -> Tensor:
-        """What a rank sends instead of its rows.
-
-        Args:
-            rows: Of shape (k, d), of this rank.
-            rank: This rank.
-            step: Optimizer steps so far.
-        """
+    def on_sender(self, rows: Tensor, rank: int, step: int) -> Tensor:
+        """Return what a rank sends instead of its rows, of shape (k, d)."""
         if self.attack.scope != "own" or self.num_ranks == 1 or rank not in self.ranks:
             return rows
         return self.attack(rows[:0], rows, _generator(rows, step, rank))
 
-    def in_columns(self, columns: Tensor, part: int, step: int) -> Tensor:
-        """What is combined instead of some columns of all rows.
-
-        Args:
-            columns: Of shape (N, s), rank by rank.
-            part: Number of the part of the columns.
-            step: Optimizer steps so far.
-        """
+    def on_columns(self, columns: Tensor, shard: int, step: int) -> Tensor:
+        """Return what is combined instead of one shard of all rows, of shape (N, s), rank by rank."""
         if self.attack.scope == "own" and self.num_ranks > 1:
             return columns
         attackers = self._rows(len(columns))
         honest = [index for index in range(len(columns)) if index not in set(attackers)]
         attacked = columns.clone()
-        generator = _generator(columns, step, part)
+        generator = _generator(columns, step, shard)
         attacked[attackers] = self.attack(columns[honest], columns[attackers], generator)
         return attacked
 
@@ -67,6 +56,6 @@ class Drill:
 
 
 def _generator(like: Tensor, step: int, number: int) -> torch.Generator:
-    """The same wherever this is computed again."""
+    # Seeded, so that an audit draws the same numbers. The text is part of the seed and must not change.
     seed = short_hash(f"drill {step} {number}".encode())
     return torch.Generator(like.device).manual_seed(seed)

@@ -11,35 +11,26 @@ from lightning_sgd.functional.robust.robust_statistics import worker_momentum
 from lightning_sgd.strategies._base.replica import GradientReplica
 
 
-class WorkerMomenta:
-    """One momentum per worker and optimizer; those of parameters and workers that are added later begin at zero.
+class WorkerMomentum:
+    """One momentum per worker and optimizer; those of parameters and workers that are added later start at zero.
 
     Args:
-        beta: Share of the past [β].
+        beta: Weight of the past [β].
     """
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
         self._momenta: dict[int, Tensor] = {}
 
-    def advance(self, replica: GradientReplica, rows: Tensor) -> Tensor:
-        """What the workers send instead of their gradients.
-
-        Args:
-            replica: What the gradients are of.
-            rows: Of shape (k, n⌈d/n⌉).
-        """
+    def update(self, replica: GradientReplica, rows: Tensor) -> Tensor:
+        """Update the momenta by the gradients of the workers, of shape (k, n⌈d/n⌉), and return them."""
         momentum = self._momenta.get(replica.index)
         if momentum is None or not _covers(momentum, rows):
             momentum = self._momenta[replica.index] = _grown(momentum, rows)
         return worker_momentum(momentum[: len(rows)], rows, self.beta)
 
     def state_dict(self, replicas: list[GradientReplica]) -> dict[str, Any]:
-        """The momenta, without what is added at the end to make parts of equal length.
-
-        Args:
-            replicas: What the gradients are of.
-        """
+        """Return the momenta by optimizer, without the padding, which depends on the number of ranks."""
         known = [replica for replica in replicas if replica.index in self._momenta]
         return {
             str(replica.index): self._momenta[replica.index][:, : replica.gradients.numel].clone()
@@ -47,12 +38,7 @@ class WorkerMomenta:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Args:
-            state: What it returned.
-            device: Where the gradients are.
-        """
+        """Restore :meth:`state_dict`."""
         self._momenta = {int(index): momentum.to(device) for index, momentum in state.items()}
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from support.processes import run_ranks
 
 from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
-from lightning_sgd.strategies._base.common_model import Consensus
+from lightning_sgd.strategies._base.common_model import MeanModel
 from lightning_sgd.strategies._comm.collectives import (
     NUM_TAGS,
     Collectives,
@@ -19,7 +19,12 @@ from lightning_sgd.strategies._comm.collectives import (
     _is_stamped_alike,
     _stamp,
 )
-from lightning_sgd.strategies._comm.failures import LOST, ExchangeError, blame, is_failed_exchange
+from lightning_sgd.strategies._comm.failures import (
+    LOST,
+    ExchangeError,
+    diagnose,
+    is_failed_exchange,
+)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -38,7 +43,7 @@ def test_all_ranks_get_the_same_bits_of_the_mean(tmp_path, num_ranks, dtype):
         mine = values(rank)
         flat = FlatBuffers([mine])
         flat.pack()
-        exchange().mean(flat, Purpose.ROUND, 5)
+        exchange().all_reduce_mean(flat, Purpose.ROUND, 5)
         flat.unpack()
         return mine
 
@@ -73,7 +78,7 @@ def test_ranks_at_different_places_are_told_where_each_is(tmp_path, purposes, st
         flat = FlatBuffers([torch.randn(3)])
         flat.pack()
         try:
-            exchange().mean(flat, purposes[rank], steps[rank])
+            exchange().all_reduce_mean(flat, purposes[rank], steps[rank])
         except ExchangeError as error:
             return str(error)
         return ""
@@ -102,7 +107,7 @@ def test_tags_are_equal_exactly_when_their_sums_say_so(num_ranks, dtype):
 def test_ranks_agree_or_not(tmp_path):
     def work(rank):
         ours = exchange()
-        return ours.agree(5, 0), ours.agree(rank, 0)
+        return ours.all_equal(5, 0), ours.all_equal(rank, 0)
 
     assert run_ranks(work, 2, tmp_path) == [(True, False)] * 2
 
@@ -111,7 +116,7 @@ def test_things_are_gathered(tmp_path):
     def work(rank):
         ours = exchange()
         thing = {"rank": rank, "tensor": torch.tensor([rank])}
-        return ours.gather(thing, 0), ours.gather_everywhere(rank)
+        return ours.gather_object(thing, 0), ours.all_gather_object(rank)
 
     (first, everywhere), (second, _) = run_ranks(work, 2, tmp_path)
     assert [thing["rank"] for thing in first] == everywhere == [0, 1]
@@ -123,7 +128,7 @@ def test_waiting_is_measured(tmp_path):
         ours = exchange()
         time.sleep(0.5 * rank)
         flat = FlatBuffers([torch.randn(3)])
-        ours.mean(flat, Purpose.ROUND, 0)
+        ours.all_reduce_mean(flat, Purpose.ROUND, 0)
         return ours.traffic.seconds
 
     waited, _ = run_ranks(work, 2, tmp_path)
@@ -131,9 +136,9 @@ def test_waiting_is_measured(tmp_path):
 
 
 WAYS = {
-    "round": lambda ours: ours.mean(FlatBuffers([torch.randn(3)]), Purpose.ROUND, 7),
-    "state, agreed": lambda ours: ours.agree(1, 7),
-    "state, gathered": lambda ours: ours.gather({}, 7),
+    "round": lambda ours: ours.all_reduce_mean(FlatBuffers([torch.randn(3)]), Purpose.ROUND, 7),
+    "state, agreed": lambda ours: ours.all_equal(1, 7),
+    "state, gathered": lambda ours: ours.gather_object({}, 7),
 }
 
 
@@ -162,12 +167,14 @@ def test_the_rank_that_waits_gives_up_in_time_and_names_place_and_rank(tmp_path,
 
 def test_who_is_to_blame():
     place = f"{LOST}round after step 3"
-    assert blame({0: place, 1: place}).startswith("Every rank still answers")
-    assert blame({0: place, 1: None}) == "Rank 1 does not answer: killed, stopped, or out of reach."
+    assert diagnose({0: place, 1: place}).startswith("Every rank still answers")
+    assert (
+        diagnose({0: place, 1: None}) == "Rank 1 does not answer: killed, stopped, or out of reach."
+    )
     failed = {0: place, 1: "raised KeyError: 'x'", 2: None}
-    assert blame(failed) == "Rank 1 raised KeyError: 'x'."
+    assert diagnose(failed) == "Rank 1 raised KeyError: 'x'."
     elsewhere = {0: place, 1: f"{LOST}consensus after step 2"}
-    assert "rank 0: round after step 3; rank 1: consensus after step 2" in blame(elsewhere)
+    assert "rank 0: round after step 3; rank 1: consensus after step 2" in diagnose(elsewhere)
 
 
 def test_only_failures_of_exchanges_count_as_such():
@@ -185,10 +192,10 @@ def test_own_weights_come_back_bit_by_bit_also_after_a_failure(tmp_path, fails):
         statistics = torch.randn(7, generator=generator)
         before = weights.clone(), statistics.clone()
         optimizer = torch.optim.SGD([weights], lr=0.1)
-        ours = Consensus(exchange(), [optimizer], [statistics], lambda _: None, "average", "keep")
+        ours = MeanModel(exchange(), [optimizer], [statistics], lambda _: None, "average", "keep")
         ours.replicas[0].step()
         try:
-            with ours.mean():
+            with ours.swapped_in():
                 seen = weights.clone(), statistics.clone()
                 with ours.own():
                     assert torch.equal(weights, before[0])
@@ -215,8 +222,8 @@ def test_buffers_that_never_change_keep_every_bit(tmp_path):
         constants, weights = torch.rand(10000), torch.randn(3)
         before = constants.clone()
         optimizer = torch.optim.SGD([weights], lr=0.1)
-        ours = Consensus(exchange(), [optimizer], [constants], lambda _: None, "average", "keep")
-        ours.round(ours.replicas[0])
+        ours = MeanModel(exchange(), [optimizer], [constants], lambda _: None, "average", "keep")
+        ours.average(ours.replicas[0])
         return bool(torch.equal(constants, before))
 
     assert run_ranks(work, 7, tmp_path) == [True] * 7

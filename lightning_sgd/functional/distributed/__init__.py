@@ -1,1 +1,1 @@
-"""Flat buffers, averaging and gossip over ranks, counts of traffic."""
+"""Flat buffers, averages and gossip over ranks, and counts of traffic."""

@@ -1,4 +1,4 @@
-"""Many tensors as a few long ones, so that an exchange is a few messages instead of hundreds."""
+"""Pack many tensors into a few flat buffers, so that an exchange takes a few messages instead of hundreds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 HEADER = 2
-"""Elements at the front of each buffer that a message can carry beside the tensors."""
+"""Elements at the front of each buffer for the tag of a message."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type to add in: averages of bfloat16 or float16 models would stall at their resolution.
+    """Return the type to add in, at least float32: averages in bfloat16 or float16 would stall at their resolution.
 
     Example:
         >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float64)
@@ -23,14 +23,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class FlatBuffers:
-    """One contiguous buffer per device and type, with a place in it for each of the tensors.
+    """One contiguous buffer per device and type, in which each tensor has a place.
 
-    Tensors of 16 bits have their places in a buffer of 32 bits. A tensor that occurs twice (tied weights) has one
-    place. The tensors keep their own storage: :meth:`pack` and :meth:`unpack` copy.
+    Tensors of 16 bits have their places in a buffer of 32 bits. Duplicates (tied weights) share one place. The tensors
+    keep their own storage: :meth:`pack` and :meth:`unpack` copy.
 
     Args:
         tensors: Real or complex floating-point tensors, of any shapes and strides.
-        exact: Buffers of float64 for float32 tensors: the mean of equal numbers is then that number, to the last bit.
+        exact: Use float64 buffers, in which the mean of equal float32 numbers is that number, to the last bit.
 
     Example:
         >>> weight, bias = torch.ones(2, 2), torch.zeros(2)
@@ -59,28 +59,20 @@ class FlatBuffers:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all buffers."""
+        """Size of all buffers, in bytes."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the very tensors that have a place here.
-
-        Args:
-            tensors: As for the constructor.
-        """
+        """Tell whether these are the same tensor objects, in the same order."""
         mine, theirs = map(id, self.tensors), map(id, unique(tensors))
         return list(mine) == list(theirs)
 
     def pack(self, source: Sequence[Tensor] | None = None) -> None:
-        """Copy into the buffers.
-
-        Args:
-            source: Tensors to copy instead of those given to the constructor, of the same shapes.
-        """
+        """Copy the tensors, or others of the same shapes (``source``), into the buffers."""
         _copy(self.views, self.tensors if source is None else source)
 
     def unpack(self) -> None:
-        """Copy from the buffers into the tensors."""
+        """Copy the buffers into the tensors."""
         _copy(self.tensors, self.views)
 
     def _key(self, tensor: Tensor) -> tuple[torch.device, torch.dtype]:
@@ -98,11 +90,11 @@ class FlatBuffers:
 
 @torch.no_grad()
 def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """Euclidean distance between two models, one number on their device.
+    """Return the Euclidean distance between two models, a scalar on their device.
 
     Args:
-        tensors: One model.
-        others: The other, in the same order; may be longer.
+        tensors: Parameters of one model.
+        others: Parameters of the other, in the same order; further ones are ignored.
 
     Example:
         >>> distance([torch.zeros(2), torch.zeros(1)], [torch.tensor([2.0, 3.0]), torch.tensor([6.0])])
@@ -115,20 +107,12 @@ def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
 
 
 def unique(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor once, in the order of first occurrence.
-
-    Args:
-        tensors: May hold the same tensor more than once.
-    """
+    """Remove duplicates by identity, and keep the order of first occurrence."""
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def real(tensor: Tensor) -> Tensor:
-    """The tensor, or real and imaginary parts of a complex one, without a copy.
-
-    Args:
-        tensor: Of any type.
-    """
+    """View a complex tensor as its real and imaginary parts; return others as they are."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
@@ -139,10 +123,10 @@ def _copy(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
 
 
 def consensus_distance(squared: Sequence[float]) -> float:
-    r"""Root mean square distance of n models from their mean, :math:`\sqrt{\frac1n \sum_i \|x_i - \bar x\|^2}`.
+    r"""Return the RMS distance of n models from their mean, :math:`\sqrt{\frac1n \sum_i \|x_i - \bar x\|^2}`.
 
     Args:
-        squared: By rank, the squared distance of its model from the mean.
+        squared: For each rank the squared distance of its model from the mean.
 
     Example:
         >>> consensus_distance([9.0, 9.0])

@@ -1,8 +1,8 @@
-"""The gradients of many tensors as rows of one matrix, a row for each worker, in equal parts for the ranks."""
+"""Gradients of many tensors as the rows of one matrix, one row per worker, in shards of equal length."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ from lightning_sgd.functional.distributed.flat_buffers import accumulation_dtype
 
 
 class FlatGradients:
-    """A matrix with one row per worker of this rank, and a place in it for the gradient of each tensor.
+    """A matrix with one row per worker of this rank, in which the gradient of each tensor has a place.
 
-    Rows are as long as needed to be cut into ``num_shards`` parts of equal length; what is added at the end stays
-    zero. Tensors without a gradient have zeros in their places.
+    Rows are padded with zeros to ``num_shards`` shards of equal length. Tensors without a gradient have zeros in their
+    places.
 
     Args:
-        tensors: Real or complex floating-point tensors on one device; one that occurs twice has one place.
-        num_shards: Number of parts [n].
+        tensors: Real or complex floating-point tensors on one device; duplicates share one place.
+        num_shards: Number of shards [n].
         num_rows: Number of workers [k].
 
     Attributes:
@@ -41,38 +41,26 @@ class FlatGradients:
 
     def __init__(self, tensors: Sequence[Tensor], num_shards: int, num_rows: int = 1) -> None:
         self.tensors = unique(tensors)
-        sizes = [real(tensor).numel() for tensor in self.tensors]
-        self.numel, self.shard_size = sum(sizes), -(-sum(sizes) // num_shards)
-        self.num_shards = num_shards
-        self._offsets = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
+        self._shapes = [real(tensor).shape for tensor in self.tensors]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self.numel = sum(self._sizes)
+        self.num_shards, self.shard_size = num_shards, -(-self.numel // num_shards)
         shape = num_rows, self.shard_size * num_shards
         self.rows = torch.zeros(shape, dtype=self._dtype(), device=self._device())
         self.clear()
 
     @property
     def num_bytes(self) -> int:
-        """Size of one gradient."""
+        """Size of one gradient, in bytes."""
         return self.numel * self.rows.element_size()
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the very tensors that have a place here.
-
-        Args:
-            tensors: As for the constructor.
-        """
-        return list(map(id, self.tensors)) == list(map(id, unique(tensors)))
-
     def clear(self) -> None:
-        """Expect the gradients of another step."""
+        """Start the next step without rows."""
         self.num_packed = 0
         self.used = [False] * len(self.tensors)
 
     def reserve(self, num_rows: int) -> None:
-        """Make room for so many rows; those that are packed stay.
-
-        Args:
-            num_rows: Number of workers.
-        """
+        """Make room for ``num_rows`` rows; packed rows are kept."""
         missing = num_rows - len(self.rows)
         if missing > 0:
             self.rows = torch.cat([self.rows, self.rows.new_zeros(missing, self.rows.shape[1])])
@@ -82,8 +70,8 @@ class FlatGradients:
         """Copy the gradients into the next row.
 
         Args:
-            factor: What they are multiplied by.
-            absent: Whether there is no gradient at all; the row is then NaN from end to end.
+            factor: Factor of the row.
+            absent: Whether there is no gradient at all; the row is then NaN.
         """
         self.reserve(self.num_packed + 1)
         row = self.rows[self.num_packed]
@@ -91,46 +79,47 @@ class FlatGradients:
         if absent:
             row[: self.numel].fill_(torch.nan)
             return
-        pairs = list(zip(self.views(row), (tensor.grad for tensor in self.tensors), strict=True))
-        _check_dense(grad for _, grad in pairs)
-        self.used = [u or grad is not None for u, (_, grad) in zip(self.used, pairs, strict=True)]
-        for view, grad in pairs:
-            if grad is None:
+        into, source = [], []
+        for index, (tensor, view) in enumerate(zip(self.tensors, self.views(row), strict=True)):
+            gradient = tensor.grad
+            if gradient is None:
                 view.zero_()
-        _copy((view, real(grad)) for view, grad in pairs if grad is not None)
+                continue
+            if gradient.is_sparse:
+                _refuse_sparse()
+            self.used[index] = True
+            into.append(view)
+            source.append(real(gradient) if gradient.is_complex() else gradient)
+        _copy(into, source)
         if factor != 1.0:
             row.mul_(factor)
 
     @torch.no_grad()
     def unpack(self, row: Tensor, used: Sequence[bool], factor: float = 1.0) -> None:
-        """Make a row the gradients of the tensors.
+        """Copy a row into the gradients of the tensors.
 
         Args:
-            row: As long as those here.
-            used: For each tensor whether it gets one; the others have ``None`` after.
-            factor: What the row is multiplied by, in place.
+            row: Tensor of shape (n⌈d/n⌉,).
+            used: For each tensor whether it gets a gradient; the others get ``None``.
+            factor: Factor of the row, applied in place.
         """
         if factor != 1.0:
             row.mul_(factor)
-        pairs = []
+        into, source = [], []
         for tensor, view, is_used in zip(self.tensors, self.views(row), used, strict=True):
             if not is_used:
                 tensor.grad = None
                 continue
             if tensor.grad is None:
                 tensor.grad = torch.empty_like(tensor)
-            pairs.append((real(tensor.grad), view))
-        _copy(pairs)
+            into.append(real(tensor.grad) if tensor.grad.is_complex() else tensor.grad)
+            source.append(view)
+        _copy(into, source)
 
     def views(self, row: Tensor) -> list[Tensor]:
-        """The places of the tensors in a row.
-
-        Args:
-            row: As long as those here.
-        """
-        ends = zip(self._offsets, self._offsets[1:], strict=False)
-        parts = zip(ends, self.tensors, strict=True)
-        return [row[begin:end].view(real(tensor).shape) for (begin, end), tensor in parts]
+        """Return the parts of a row, of shape (n⌈d/n⌉,), in the shapes of the tensors."""
+        parts = torch.split(row[: self.numel], self._sizes)
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _dtype(self) -> torch.dtype:
         dtype = torch.float32
@@ -145,14 +134,11 @@ class FlatGradients:
         return devices[0] if devices else torch.device("cpu")
 
 
-def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    into_and_source = list(zip(*pairs, strict=True))
-    if into_and_source:
-        into, source = into_and_source
-        torch._foreach_copy_(list(into), list(source))
+def _copy(into: list[Tensor], source: list[Tensor]) -> None:
+    if into:
+        torch._foreach_copy_(into, source)
 
 
-def _check_dense(gradients: Iterable[Tensor | None]) -> None:
-    dense = not any(grad is not None and grad.is_sparse for grad in gradients)
+def _refuse_sparse() -> None:
     remedy = "Set sparse=False in the embedding."
-    expect(dense, "gradients", "dense where they are aggregated", Words("a sparse one"), remedy)
+    expect(False, "gradients", "dense where they are aggregated", Words("a sparse one"), remedy)

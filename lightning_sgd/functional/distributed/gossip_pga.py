@@ -1,20 +1,20 @@
 r"""Gossip SGD with periodic global averages: how models are mixed, and how the period adapts.
 
-Between two global averages each of n ranks takes a step and goes on from the weighted mean of its own model and those
-of its neighbours in a graph,
+Between two global averages each of n ranks takes a step and continues from the weighted mean of its own model and
+those of its neighbours in a graph,
 
 .. math::
     x_i^{k+1} = \sum_j w_{ij}\, (x_j^k - \gamma_k\, g_j(x_j^k)),
 
-and after every H-th step from the mean of all. H = 1 is parallel SGD, W = I Local SGD, H = ∞ gossip SGD. The mixed
-model is computed as
+and after every H-th step from the mean of all models. H = 1 is parallel SGD, W = I Local SGD, H = ∞ gossip SGD. The
+mixed model is computed as
 
 .. math::
     x_i + \sum_{j \ne i} w_{ij}\, (q_j - q_i),
 
-where q_j is what rank j has sent: x_j, or x_j rounded. For a doubly stochastic W the mean stays where it is whatever
-the rounding, and ranks that agree stay as they are to the last bit. Rounded to bfloat16 every difference is off by at
-most :math:`2^{-8} \max_j |x_j|`, and ranks cannot come closer to each other than about that.
+where q_j is what rank j sends: x_j, or x_j rounded. For a doubly stochastic W rounding does not change the mean, and
+equal models stay equal to the last bit. Rounded to bfloat16 every difference has an error of at most
+:math:`2^{-8} \max_j |x_j|`, and ranks cannot come closer to each other than about that.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from lightning_sgd._validation import expect
 def weighted_differences(
     sent: Tensor, received: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    r"""What a round adds to a model: :math:`\sum_j w_{ij} (q_j - q_i)`.
+    r"""Return what a round adds to a model: :math:`\sum_j w_{ij} (q_j - q_i)`.
 
     Args:
-        sent: What this rank has sent [q_i].
-        received: What has come from its neighbours [q_j].
-        weights: Of each of these [w_ij].
-        dtype: Type to add in, and of the result.
+        sent: Model that this rank sent [q_i].
+        received: Models that it received [q_j].
+        weights: Weight of each received model [w_ij].
+        dtype: Type of the sum and of the result.
 
     Example:
         >>> weighted_differences(torch.ones(2), [torch.tensor([2.0, 3.0])], [0.5], torch.float32)
@@ -52,10 +52,10 @@ def weighted_differences(
 
 
 class Smoothed:
-    """Moving average of losses, one number on their device; what is not finite does not count.
+    """Moving average of losses, a scalar on their device; losses that are not finite are ignored.
 
     Args:
-        decay: Weight of what was before, in [0, 1).
+        decay: Weight of the past, in [0, 1).
 
     Example:
         >>> smoothed = Smoothed(0.5)
@@ -70,12 +70,8 @@ class Smoothed:
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> None:
-        """Take in one more.
-
-        Args:
-            loss: Scalar.
-        """
-        # Without a look at the number, which would wait for the device.
+        """Update the average by a loss, a scalar tensor."""
+        # By `torch.where`: reading the number on the host would wait for the device.
         new = loss.detach().double()
         old = self.value.to(new.device)
         mean = torch.where(old.isfinite(), self.decay * old + (1 - self.decay) * new, new)
@@ -83,7 +79,7 @@ class Smoothed:
 
 
 class AdaptivePeriod:
-    r"""A period that grows as the loss falls [H]: late steps are small and need fewer global averages.
+    r"""Period that grows as the loss falls [H]: late steps are small and need fewer global averages.
 
     .. math::
         H = \left\lceil (F_0 / F)^{1/4}\, H_0 \right\rceil
@@ -119,11 +115,11 @@ class AdaptivePeriod:
         self.value, self.reference = initial, math.nan
 
     def update(self, step: int, loss: float) -> None:
-        """Take in the loss at a global average, the same on all ranks.
+        """Update the period by the mean loss over the ranks at a global average [F].
 
         Args:
             step: Optimizer steps so far.
-            loss: Mean over the ranks [F].
+            loss: Mean loss, the same on all ranks.
         """
         if not (math.isfinite(loss) and loss > 0):
             return
@@ -136,13 +132,9 @@ class AdaptivePeriod:
             self.value = min(max(period, self.smallest), self.largest)
 
     def state_dict(self) -> dict[str, Any]:
-        """Two numbers."""
+        """Return period and reference loss."""
         return {"value": self.value, "reference": self.reference}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Args:
-            state: What it returned.
-        """
+        """Restore :meth:`state_dict`."""
         self.value, self.reference = state["value"], state["reference"]

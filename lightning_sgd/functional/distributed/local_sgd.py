@@ -1,11 +1,11 @@
-r"""Local SGD: when models are averaged, and the mean of the models on the way.
+r"""Local SGD: the schedule of averages, and the mean of one rank's models.
 
 Between two averages each of n ranks takes H steps of its own optimizer on its own data,
 
 .. math::
     x_i \leftarrow x_i - \gamma_k\, g_i(x_i),
 
-then all of them go on from the mean,
+then all of them continue from the mean,
 
 .. math::
     x_i \leftarrow \frac1n \sum_j x_j.
@@ -33,10 +33,11 @@ PERIOD_REMEDY = (
 
 
 class PeriodSchedule:
-    """After which steps to average.
+    """Schedule of averages.
 
     Args:
-        period: Steps from one average to the next [H]; or which period holds from which step on; ``None`` for never.
+        period: Steps from one average to the next [H]; or a table of periods by the step from which they hold; ``None``
+            for never.
 
     Raises:
         ValueError: If a period is below one, or the table does not begin at step 0.
@@ -60,16 +61,12 @@ class PeriodSchedule:
         self.table: dict[int, int | None] = dict(sorted(table.items()))
 
     def period(self, step: int) -> int | None:
-        """The period that holds at a step.
-
-        Args:
-            step: Number of the step, counted from 1.
-        """
+        """Return the period that holds at a step, counted from 1."""
         begin = max(begin for begin in self.table if begin <= step)
         return self.table[begin]
 
     def is_due(self, step: int, num_since: int) -> bool:
-        """Whether to average after a step.
+        """Tell whether to average after a step.
 
         Args:
             step: Number of the step, counted from 1.
@@ -80,10 +77,10 @@ class PeriodSchedule:
 
 
 class RunningMean:
-    """Mean of the models so far, in float32 or better.
+    """Running mean of models, in float32 or better.
 
     Args:
-        tensors: The model; its values now do not count.
+        tensors: Parameters of the model; their present values are not included.
 
     Example:
         >>> weight = torch.zeros(1)
@@ -103,24 +100,16 @@ class RunningMean:
 
     @torch.no_grad()
     def update(self, tensors: Sequence[Tensor]) -> None:
-        """Take in one more model.
-
-        Args:
-            tensors: The model, as given to the constructor.
-        """
+        """Update the mean by one more model, of the same shapes."""
         self.count += 1
         wide = [x.to(mean.dtype) for x, mean in zip(tensors, self.values, strict=True)]
         torch._foreach_lerp_(self.values, wide, 1 / self.count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and a number."""
+        """Return the mean and the number of models."""
         return {"count": self.count, "values": self.values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Args:
-            state: What it returned.
-        """
+        """Restore :meth:`state_dict`."""
         self.count = state["count"]
         torch._foreach_copy_(self.values, state["values"])

@@ -1,7 +1,7 @@
-r"""What one round of gossip does: a doubly stochastic matrix, and what each rank sends and receives for it.
+r"""Rounds of gossip: doubly stochastic matrices, and the messages that each rank sends and receives for them.
 
-Rank i goes on from :math:`x_i \leftarrow \sum_j w_{ij} x_j`. Where rows and columns of W sum to one the mean of the
-models stays where it is, and the distance from it shrinks by at least
+Rank i continues from :math:`x_i \leftarrow \sum_j w_{ij} x_j`. If rows and columns of W sum to one, the mean of the
+models does not change, and the distance from it shrinks at least by the factor
 
 .. math::
     \beta = \lVert W - \tfrac1n \mathbf{1}\mathbf{1}^\top \rVert_2 .
@@ -23,8 +23,8 @@ class Mixing:
 
     Args:
         num_ranks: Number of ranks [n].
-        num_rounds: Length of a cycle; round r is as round r modulo this.
-        row: What rank i, in round r, gives weight to [w_ij] when ``row(i, r)`` is called; zeros may be left out.
+        num_rounds: Length of a cycle; round r is the same as round r modulo this number.
+        row: ``row(i, r)`` returns the weights of rank i in round r by rank [w_ij]; zeros may be left out.
 
     Example:
         >>> pair = Mixing(2, 1, lambda rank, t: {0: 0.5, 1: 0.5})
@@ -45,7 +45,7 @@ class Mixing:
         ]
 
     def receive(self, rank: int, round_index: int) -> dict[int, float]:
-        """From whom a rank receives, and the weight of what comes.
+        """Return the ranks from which a rank receives, with the weights of their models.
 
         Args:
             rank: The rank [i].
@@ -54,7 +54,7 @@ class Mixing:
         return {j: w for j, w in sorted(self._row(rank, round_index).items()) if j != rank}
 
     def send(self, rank: int, round_index: int) -> list[int]:
-        """To whom a rank sends.
+        """Return the ranks to which a rank sends.
 
         Args:
             rank: The rank [j].
@@ -64,7 +64,7 @@ class Mixing:
         return [i for i in others if rank in self._row(i, round_index)]
 
     def matrix(self, round_index: int = 0) -> Tensor:
-        """The matrix [W] of a round, float64.
+        """Return the matrix [W] of a round, in float64.
 
         Args:
             round_index: Number of the round, from 0.
@@ -77,17 +77,17 @@ class Mixing:
 
     @property
     def beta(self) -> float:
-        """Factor by which one cycle of rounds shrinks the distance from the mean, at worst [β]."""
+        """Factor by which one cycle of rounds shrinks the distance from the mean, in the worst case [β]."""
         return contraction(chain([self.matrix(t) for t in range(self.num_rounds)]))
 
     @property
     def spectral_gap(self) -> float:
-        """One minus :attr:`beta`: 1 for an exact average, 0 if some ranks never hear of each other."""
+        """One minus :attr:`beta`: 1 for an exact average, 0 if the graph is not connected."""
         return 1.0 - self.beta
 
     @property
     def is_doubly_stochastic(self) -> bool:
-        """Whether no weight is negative, and rows and columns sum to one, in every round."""
+        """Whether in every round no weight is negative and rows and columns sum to one."""
         return all(is_doubly_stochastic(self.matrix(t)) for t in range(self.num_rounds))
 
     def _row(self, rank: int, round_index: int) -> Mapping[int, float]:
@@ -95,19 +95,15 @@ class Mixing:
 
 
 def chain(matrices: Sequence[Tensor]) -> Tensor:
-    """What rounds do one after the other: the product, the last one leftmost.
-
-    Args:
-        matrices: In the order of the rounds.
-    """
+    """Multiply the matrices of successive rounds, the last one leftmost."""
     return reduce(lambda product, matrix: matrix @ product, matrices)
 
 
 def contraction(matrix: Tensor) -> float:
-    r"""Largest singular value of :math:`W - \frac1n \mathbf{1}\mathbf{1}^\top` [β].
+    r"""Return the largest singular value of :math:`W - \frac1n \mathbf{1}\mathbf{1}^\top` [β].
 
     Args:
-        matrix: Doubly stochastic, of shape (n, n).
+        matrix: Doubly stochastic matrix, of shape (n, n).
 
     Example:
         >>> contraction(torch.eye(3)), round(contraction(torch.full((4, 4), 0.25)), 6)
@@ -118,11 +114,6 @@ def contraction(matrix: Tensor) -> float:
 
 
 def is_doubly_stochastic(matrix: Tensor, tolerance: float = TOLERANCE) -> bool:
-    """Whether no entry is negative, and rows and columns sum to one.
-
-    Args:
-        matrix: Square.
-        tolerance: How far sums may be from one.
-    """
+    """Tell whether no entry is negative, and all rows and columns sum to one up to a tolerance."""
     sums = torch.cat([matrix.sum(dim=0), matrix.sum(dim=1)])
     return bool((matrix >= 0).all() and (sums - 1).abs().max() <= tolerance)

@@ -1,22 +1,22 @@
-r"""Overlap-Local-SGD: an anchor that is one round old, and what pulls the models towards it.
+r"""Overlap-Local-SGD: models are pulled towards an anchor, the mean of the models one round ago.
 
-Each of m ranks takes τ steps of its own optimizer, then, at a boundary, pulls its model back to the anchor,
+Each of m ranks takes τ steps of its own optimizer, then, at a boundary, pulls its model back towards the anchor,
 
 .. math::
     x_i \leftarrow (1-\alpha)\, x_i + \alpha z ,
 
-and the mean of the pulled-back models begins to travel. It is needed at the next boundary only,
+and the ranks start to average the pulled-back models. The mean is needed only at the next boundary,
 
 .. math::
     v \leftarrow \beta v + (\bar x - z), \qquad z \leftarrow z + v ,
 
-so that the exchange has τ steps of time. With models and anchor as columns and β = 0 a boundary is a product with
+so that the average may take τ steps of time. With models and anchor as columns and β = 0 a boundary multiplies by
 
 .. math::
     W = \begin{pmatrix} (1-\alpha) I & \tfrac{1-\alpha}{m} \mathbf 1 \\ \alpha \mathbf 1^\top & \alpha \end{pmatrix},
 
-which leaves :math:`y = (1-\alpha)\bar x + \alpha z` where it is and shrinks the distances from it by 1 − α. A step of
-every rank moves the anchor by only :math:`(1-\alpha)/(1-\alpha\beta)` of it in the long run.
+which keeps :math:`y = (1-\alpha)\bar x + \alpha z` and shrinks the distances from it by the factor 1 − α. In the long
+run a step of every rank moves the anchor by only :math:`(1-\alpha)/(1-\alpha\beta)` of its size.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def pull_back_(model: Tensor, anchor: Tensor, pullback: float) -> None:
     """Move a model towards the anchor, in place.
 
     Args:
-        model: The model, or several as rows [x].
-        anchor: The anchor [z].
+        model: Model, or several as rows [x].
+        anchor: Anchor [z].
         pullback: Share of the way [α].
 
     Example:
@@ -45,15 +45,15 @@ def pull_back_(model: Tensor, anchor: Tensor, pullback: float) -> None:
 
 @torch.no_grad()
 def move_anchor_(anchor: Tensor, velocity: Tensor, mean: Tensor, momentum: float) -> None:
-    """Move the anchor towards the mean that has arrived, in place.
+    """Move the anchor towards the mean of the pulled-back models, in place.
 
-    The velocity is in units of the weights. In units of gradients a step size of zero would divide by zero.
+    The velocity has the unit of the weights: in units of gradients, a step size of zero would divide by zero.
 
     Args:
-        anchor: The anchor [z].
-        velocity: Its velocity [v].
+        anchor: Anchor [z].
+        velocity: Velocity of the anchor [v].
         mean: Mean of the pulled-back models [x̄].
-        momentum: What is left of the velocity [β].
+        momentum: Factor of the old velocity [β].
 
     Example:
         >>> anchor, velocity = torch.tensor([0.0]), torch.tensor([1.0])
@@ -66,11 +66,11 @@ def move_anchor_(anchor: Tensor, velocity: Tensor, mean: Tensor, momentum: float
 
 
 def effective_step(pullback: float, momentum: float) -> float:
-    """How much of what every rank moves the anchor moves in the long run.
+    """Return the share of a step of all ranks by which the anchor moves in the long run.
 
     Args:
         pullback: Share of the way back to the anchor [α].
-        momentum: Of the anchor [β].
+        momentum: Momentum of the anchor [β].
 
     Example:
         >>> round(effective_step(0.6, 0.7), 3), effective_step(0.5, 0.0)
@@ -80,10 +80,10 @@ def effective_step(pullback: float, momentum: float) -> float:
 
 
 def velocity_scale(lr: float, previous: float) -> float:
-    """What a change of the step size does to a velocity: it stays in proportion, where both are positive.
+    """Return the factor that keeps a velocity in proportion to the step size, if both step sizes are positive.
 
     Args:
-        lr: Step size now.
+        lr: Present step size.
         previous: Step size one round ago.
 
     Example:

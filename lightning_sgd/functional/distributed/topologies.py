@@ -1,6 +1,6 @@
-"""Who gossips with whom, and with which weights: named graphs, and graphs of one's own.
+"""Topologies of gossip: named graphs, and graphs of the user, with their weights.
 
-A topology is a recipe that fits many numbers of ranks; :meth:`Topology.on` makes it a :class:`Mixing` for one of them.
+A topology exists for many numbers of ranks; :meth:`Topology.on` makes it a :class:`Mixing` for one of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lightning_sgd.functional.distributed.mixing import Mixing
 
 
 class Topology(ABC):
-    """A graph for every number of ranks that suits it; derive from this for one of your own."""
+    """A graph for each suitable number of ranks; derive from this class for your own."""
 
     @abstractmethod
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
-        """The weights that a rank gives to what it has and receives, by rank; they sum to one.
+        """Return the weights, by rank, of the models that a rank has and receives; they sum to one.
 
         Args:
             rank: The rank that receives [i].
@@ -30,7 +30,7 @@ class Topology(ABC):
         """
 
     def num_rounds(self, num_ranks: int) -> int:
-        """After how many rounds the graph is the same again.
+        """Return the number of rounds after which the graph repeats.
 
         Args:
             num_ranks: Number of ranks [n].
@@ -38,7 +38,7 @@ class Topology(ABC):
         return 1
 
     def suits(self, num_ranks: int) -> bool:
-        """Whether the graph exists for so many ranks.
+        """Tell whether the graph exists for this number of ranks.
 
         Args:
             num_ranks: Number of ranks [n].
@@ -47,17 +47,17 @@ class Topology(ABC):
 
     @property
     def needs(self) -> str:
-        """What numbers of ranks suit, in words."""
+        """The suitable numbers of ranks, in words."""
         return "any number of ranks"
 
     def on(self, num_ranks: int) -> Mixing:
-        """The rounds among so many ranks.
+        """Return the rounds among this number of ranks.
 
         Args:
             num_ranks: Number of ranks [n].
 
         Raises:
-            ValueError: If this graph does not exist for so many ranks, or a matrix is not doubly stochastic.
+            ValueError: If the graph does not exist for this number of ranks, or a matrix is not doubly stochastic.
 
         Example:
             >>> Ring().on(4).beta
@@ -75,9 +75,9 @@ class Topology(ABC):
 
 @dataclass(frozen=True)
 class Ring(Topology):
-    """Each rank with the one before and the one after it, a third each; two ranks half and half.
+    """Connects each rank with the ones before and after it, with weights ⅓; two ranks with weights ½.
 
-    Two messages per round, as many bytes as a ring all-reduce but no waiting for the far side.
+    Two messages per round, as many bytes as a ring all-reduce, but a rank waits for its neighbours only.
     β = ⅓ + ⅔ cos(2π/n) for even n ≥ 4.
 
     Example:
@@ -86,16 +86,16 @@ class Ring(Topology):
     """
 
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
-        """The same in every round."""
+        """Return the weights, the same in every round."""
         return _evenly({(rank + step) % num_ranks for step in (-1, 0, 1)})
 
 
 @dataclass(frozen=True)
 class Torus(Topology):
-    """A grid that closes in both directions: each rank with four neighbours, a fifth each.
+    """Connects each rank with four neighbours in a grid that closes in both directions, with weights ⅕.
 
     Args:
-        rows: Rows of the grid; by default those of the grid that is nearest to a square.
+        rows: Rows of the grid; by default those of the grid nearest to a square.
 
     Example:
         >>> sorted(Torus().on(16).receive(0, 0)), round(Torus().on(16).beta, 4)
@@ -109,16 +109,16 @@ class Torus(Topology):
         expect(self.rows is None or self.rows >= 3, "rows", "at least 3", self.rows, remedy)
 
     def suits(self, num_ranks: int) -> bool:
-        """With fewer than three rows or columns the neighbours on both sides would be the same."""
+        """Tell whether there is a grid of at least three rows and columns; else neighbours on both sides coincide."""
         return bool(self._sides(num_ranks))
 
     @property
     def needs(self) -> str:
-        """Of the grid."""
+        """The suitable grids, in words."""
         return f"{self.rows or 'at least 3'} rows and at least 3 columns"
 
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
-        """The same in every round."""
+        """Return the weights, the same in every round."""
         rows, columns = self._sides(num_ranks)
         r, c = divmod(rank, columns)
         vertical = [(r + step) % rows * columns + c for step in (-1, 1)]
@@ -134,7 +134,7 @@ class Torus(Topology):
 
 @dataclass(frozen=True)
 class Exponential(Topology):
-    """Each rank with those 1, 2, 4, … places on, all weights alike.
+    """Connects each rank with those 1, 2, 4, … places after it, with equal weights.
 
     ⌈log₂ n⌉ messages per round; β = 1 − 2/(1 + ⌈log₂ n⌉) for even n.
 
@@ -144,17 +144,17 @@ class Exponential(Topology):
     """
 
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
-        """The same in every round."""
+        """Return the weights, the same in every round."""
         hops = range(num_hops(num_ranks))
         return _evenly({rank, *((rank + 2**t) % num_ranks for t in hops)})
 
 
 @dataclass(frozen=True)
 class OnePeerExponential(Topology):
-    """One neighbour per round, in turn 1, 2, 4, … places on, half and half.
+    """Connects each rank with one neighbour per round, in turn 1, 2, 4, … places after it, with weights ½.
 
-    One message per round, the fewest bytes of all. If n is a power of two, log₂ n rounds in a row make an exact
-    average, from whichever of them they start.
+    One message per round, the fewest bytes of all. If n is a power of two, any log₂ n successive rounds make an exact
+    average.
 
     Example:
         >>> mixing = OnePeerExponential().on(8)
@@ -165,20 +165,20 @@ class OnePeerExponential(Topology):
     """
 
     def num_rounds(self, num_ranks: int) -> int:
-        """⌈log₂ n⌉."""
+        """Return ⌈log₂ n⌉."""
         return max(1, num_hops(num_ranks))
 
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
-        """Of round r modulo ⌈log₂ n⌉."""
+        """Return the weights of round r modulo ⌈log₂ n⌉."""
         hop = 2 ** (round_index % self.num_rounds(num_ranks))
         return _evenly({rank, (rank + hop) % num_ranks})
 
 
 @dataclass(frozen=True)
 class Hypercube(Topology):
-    """Each rank with those whose number differs in one binary digit, all weights alike.
+    """Connects each rank with those whose number differs in one binary digit, with equal weights.
 
-    log₂ n messages per round; β = 1 − 2/(1 + log₂ n). Every edge goes both ways.
+    log₂ n messages per round; β = 1 − 2/(1 + log₂ n). All edges are undirected.
 
     Example:
         >>> sorted(Hypercube().on(8).receive(5, 0))
@@ -186,24 +186,24 @@ class Hypercube(Topology):
     """
 
     def suits(self, num_ranks: int) -> bool:
-        """Powers of two."""
+        """Tell whether the number is a power of two."""
         return num_ranks & (num_ranks - 1) == 0
 
     @property
     def needs(self) -> str:
-        """Powers of two."""
+        """The suitable numbers, in words."""
         return "a power of two"
 
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
-        """The same in every round."""
+        """Return the weights, the same in every round."""
         return _evenly({rank, *(rank ^ 2**t for t in range(num_hops(num_ranks)))})
 
 
 @dataclass(frozen=True)
 class Complete(Topology):
-    """Everybody with everybody: an exact average by n − 1 messages, for comparison.
+    """Connects all ranks: an exact average by n − 1 messages, for comparison.
 
-    The same by one all-reduce, which sends less, is ``period=1``.
+    One all-reduce, with ``period=1``, has the same result and sends less.
 
     Example:
         >>> round(Complete().on(8).beta, 6)
@@ -211,20 +211,20 @@ class Complete(Topology):
     """
 
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
-        """The same in every round."""
+        """Return the weights, the same in every round."""
         return _evenly(set(range(num_ranks)))
 
 
 class FromGraph(Topology):
-    """A graph of one's own, of as many nodes as there are ranks.
+    """A graph of the user, with one node per rank.
 
-    Undirected graphs get the weights of Metropolis and Hastings, 1/(1 + the larger of both degrees), directed ones
-    1/(1 + the largest degree); what is missing to one each rank gives to what it has. In a directed graph as many edges
-    must come into a node as go out of it.
+    Undirected graphs get Metropolis–Hastings weights, 1/(1 + the larger of both degrees), directed ones 1/(1 + the
+    largest degree); the rest is the weight of the rank's own model. In a directed graph every node must have as many
+    incoming as outgoing edges.
 
     Args:
-        graph: A graph of networkx, of which the nodes 0 … n − 1 are the ranks, or else the nodes in their order; edges
-            such as ``[[0, 1], [1, 2]]``, each in both directions; or the name of a file of such edges, one a line.
+        graph: A networkx graph, whose nodes 0 … n − 1 are the ranks (other nodes are numbered in their order);
+            undirected edges such as ``[[0, 1], [1, 2]]``; or the name of a file with one such edge per line.
 
     Example:
         >>> star = FromGraph([[0, 1], [0, 2], [0, 3]])
@@ -247,16 +247,16 @@ class FromGraph(Topology):
         return f"FromGraph({self.num_nodes} nodes, {len(self.edges)} edges)"
 
     def suits(self, num_ranks: int) -> bool:
-        """As many as there are nodes."""
+        """Tell whether there are as many ranks as nodes."""
         return num_ranks == self.num_nodes
 
     @property
     def needs(self) -> str:
-        """As many as there are nodes."""
+        """The suitable number, in words."""
         return "as many ranks as the graph has nodes"
 
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
-        """The same in every round."""
+        """Return the weights, the same in every round."""
         row = {a: self._weight(a, b) for a, b in self.edges if b == rank}
         return {**row, rank: 1 - sum(row.values())}
 
@@ -290,7 +290,7 @@ NAMED: dict[str, type[Topology]] = {
 
 
 def num_hops(num_ranks: int) -> int:
-    """⌈log₂ n⌉, in whole numbers.
+    """Return ⌈log₂ n⌉, by integer arithmetic.
 
     Example:
         >>> [num_hops(n) for n in (1, 2, 3, 4, 5, 8, 9)]

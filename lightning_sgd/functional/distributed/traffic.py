@@ -1,4 +1,4 @@
-"""What an exchange costs: bytes and messages that a rank sends, and the time it stands still."""
+"""Cost of communication: bytes and messages that a rank sends, and the time for which it waits."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Traffic:
-    """What one rank has sent and waited, in so many optimizer steps.
+    """Counts of the communication of one rank.
 
     Attributes:
-        num_bytes: Sent by this rank; received are as many.
-        num_messages: Sent by this rank to another; NaN, like the others, where that is not known.
-        seconds: Time in which this rank waited for an exchange.
-        num_steps: Optimizer steps in which all this happened.
+        num_bytes: Bytes that this rank sent; it received as many.
+        num_messages: Messages that this rank sent to others; NaN, like the other counts, if unknown.
+        seconds: Time for which this rank waited for communication.
+        num_steps: Number of batches that stepped meanwhile.
     """
 
     num_bytes: float = 0.0
@@ -38,26 +38,26 @@ class Traffic:
         )
 
     def per_step(self) -> dict[str, float]:
-        """Means over the steps, by metric key.
+        """Return means over the steps, by name of the metric.
 
         Example:
             >>> Traffic(num_bytes=4000.0, num_messages=4, seconds=0.5, num_steps=2).per_step()
-            {'comm/bytes_per_step': 2000.0, 'comm/messages_per_step': 2.0, 'comm/blocked_seconds_per_step': 0.25}
+            {'bytes_per_step': 2000.0, 'messages_per_step': 2.0, 'blocked_seconds_per_step': 0.25}
         """
         steps = max(self.num_steps, 1)
         return {
-            "comm/bytes_per_step": self.num_bytes / steps,
-            "comm/messages_per_step": self.num_messages / steps,
-            "comm/blocked_seconds_per_step": self.seconds / steps,
+            "bytes_per_step": self.num_bytes / steps,
+            "messages_per_step": self.num_messages / steps,
+            "blocked_seconds_per_step": self.seconds / steps,
         }
 
 
 def all_reduce_traffic(num_bytes: int, num_ranks: int) -> tuple[float, int]:
-    """Bytes and messages that each rank sends in a ring all-reduce, which gloo and NCCL use.
+    """Return bytes and messages that each rank sends in a ring all-reduce, as gloo and NCCL implement it.
 
     Args:
         num_bytes: Size of the tensor.
-        num_ranks: Number of ranks [n]; each sends 2(n − 1) parts of an n-th.
+        num_ranks: Number of ranks [n]; each sends 2(n − 1) messages of an n-th of the tensor.
 
     Example:
         >>> all_reduce_traffic(4000, 4)
@@ -68,11 +68,11 @@ def all_reduce_traffic(num_bytes: int, num_ranks: int) -> tuple[float, int]:
 
 
 def send_traffic(num_bytes: int, num_receivers: int) -> tuple[float, int]:
-    """Bytes and messages of a rank that sends to some others.
+    """Return bytes and messages of a rank that sends a tensor to some others.
 
     Args:
         num_bytes: Size of the tensor.
-        num_receivers: Number of ranks that get all of it.
+        num_receivers: Number of ranks that receive the whole tensor.
 
     Example:
         >>> send_traffic(4000, 2)
@@ -82,11 +82,11 @@ def send_traffic(num_bytes: int, num_receivers: int) -> tuple[float, int]:
 
 
 def broadcast_traffic(num_bytes: int, num_ranks: int) -> tuple[float, int]:
-    """Bytes and messages that a rank sends in a broadcast along a tree, the mean over the ranks rounded up.
+    """Return bytes and messages per rank, on average, of a broadcast along a tree; messages are rounded up.
 
     Args:
         num_bytes: Size of the tensor.
-        num_ranks: Number of ranks [n]; n − 1 of them get it, each once.
+        num_ranks: Number of ranks [n]; n − 1 of them receive the tensor once.
 
     Example:
         >>> broadcast_traffic(4000, 4)

@@ -115,10 +115,10 @@ HARMLESS_TO_THE_MEAN = ("label flip", "ALIE", "mimic")
 def test_with_one_of_four_ranks_wrong_the_filter_trains_as_if_there_were_none(
     tmp_path, undisturbed, name
 ):
-    drill = {"attack": DRILLS[name], "byzantine_ranks": [WRONG]} if name in DRILLS else {}
+    attack = {"attack": DRILLS[name], "byzantine_ranks": [WRONG]} if name in DRILLS else {}
     fault = FAULTS.get(name, {})
     assert undisturbed > 0.9
-    assert train(tmp_path, byzantine(**drill), Digits(**fault)) > undisturbed - 0.02
+    assert train(tmp_path, byzantine(**attack), Digits(**fault)) > undisturbed - 0.02
 
 
 @pytest.mark.parametrize("name", [n for n in (*FAULTS, *DRILLS) if n not in HARMLESS_TO_THE_MEAN])
@@ -126,8 +126,8 @@ def test_beside_it_the_mean_fails(tmp_path, name):
     if name in FAULTS:
         reached = train(tmp_path, ddp(), Digits(**FAULTS[name], momentum=0.9))
     else:
-        drill = {"attack": DRILLS[name], "byzantine_ranks": [WRONG]}
-        reached = train(tmp_path, byzantine(Mean(0), **drill), Digits())
+        attack = {"attack": DRILLS[name], "byzantine_ranks": [WRONG]}
+        reached = train(tmp_path, byzantine(Mean(0), **attack), Digits())
     assert reached < 0.5
 
 
