@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_sgd.callbacks._monitoring.extra_batches import measuring
 
@@ -35,8 +34,6 @@ class PatchedAttributes:
         def call(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
-        # Lightning decides by the signature what to call a method with, and looks one wrapper deep for it.
-        call.__wrapped__ = getattr(original, "__wrapped__", original)
         self.replace_attribute(owner, name, call)
 
     def restore(self) -> None:
@@ -70,15 +67,6 @@ def side_effect_free_eval(module: LightningModule) -> Iterator[None]:
     """Evaluate without gradients, and restore what a training step changes: buffers, statistics; logs are dropped."""
     with measuring(module, train_mode=False), torch.no_grad():
         yield
-
-
-def same_batch(batch: object, other: object) -> bool:
-    """Compare the tensors of two batches by identity."""
-    if batch is other:
-        return True
-    # DDP rebuilds the containers.
-    ours, theirs = tree_leaves(batch), tree_leaves(other)
-    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
 def take_rows(batch: Any, rows: Tensor, num_rows: int) -> Any:
