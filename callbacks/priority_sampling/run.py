@@ -126,19 +126,20 @@ class PriorityRun:
         return values
 
     def measured(self, step: Callable[[Any], Any], batch: Any, num_rows: int) -> Tensor:
-        """Scores of the rows of a batch, without training; in ``side_effect_free_eval``.
+        """Measure the scores of the rows of a batch without training; in ``side_effect_free_eval``."""
 
-        Args:
-            step: The training step.
-            batch: What it gets.
-            num_rows: Its samples.
-        """
+        def listen(needs_graph: bool) -> tuple[LossRecorder, Any]:
+            with torch.set_grad_enabled(needs_graph):
+                return self._listen(step, batch, num_rows, None, is_trial=True)
+
         try:
-            with torch.set_grad_enabled(self._needs_graph):
-                return self._found(*self._listen(step, batch, num_rows, None, is_trial=True))
+            recorder, output = listen(self._needs_graph)
         except NeedsGraph:
             self._needs_graph = True
-            return self.measured(step, batch, num_rows)
+            recorder, output = listen(True)
+        if recorder.num_losses > 1 and not self._needs_graph:
+            recorder, output = listen(True)  # only the graph shows which of them are returned
+        return self._found(recorder, output)
 
     def refresh(self, scores: Tensor) -> None:
         """Enter new scores of all samples.
@@ -234,7 +235,8 @@ class PriorityRun:
     ) -> tuple[LossRecorder, Any]:
         exact = self.score == "grad_norm"
         params = [p for p in self.module.parameters() if p.requires_grad] if exact else []
-        recorder = LossRecorder(num_rows, self.score, weights, batch, params)
+        logged = self.listener.logged or frozenset()
+        recorder = LossRecorder(num_rows, self.score, weights, batch, params, logged)
         return recorder, self.listener.run(step, batch, recorder, is_trial)
 
     def _found(self, recorder: LossRecorder, output: Any) -> Tensor:
@@ -247,10 +249,12 @@ class PriorityRun:
         if skips or recorder.was_missed:
             return torch.full((recorder.num_samples,), UNKNOWN, device=self.module.device)
         rows = ", ".join(map(str, sorted(recorder.other_rows)))
+        got = f"{rows} rows" if rows else "none of them"
+        got += " that it returns" if recorder.unreached else ""
         raise RuntimeError(
             f"Expected `training_step` to compute its loss by one of {NAMES} with one row for each of the "
-            f"{recorder.num_samples} samples, got {f'{rows} rows' if rows else 'none of them'}. Return "
-            "lightning_sgd.priority_mean(losses), with one loss for each sample, in place of losses.mean()."
+            f"{recorder.num_samples} samples, got {got}. Return lightning_sgd.priority_mean(losses), with one loss for "
+            "each sample, in place of losses.mean()."
         )
 
     def _note_classes(self, recorder: LossRecorder) -> None:
