@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_sgd._distributed import gather
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
+    fresh,
     side_effect_free_eval,
     take_rows,
 )
@@ -237,7 +238,10 @@ class PriorityRun:
         params = [p for p in self.module.parameters() if p.requires_grad] if exact else []
         logged = self.listener.logged or frozenset()
         recorder = LossRecorder(num_rows, self.score, weights, batch, params, logged)
-        return recorder, self.listener.run(step, batch, recorder, is_trial)
+        # A step that runs once more may have taken its batch apart.
+        return recorder, self.listener.run(
+            step, fresh(batch) if is_trial else batch, recorder, is_trial
+        )
 
     def _found(self, recorder: LossRecorder, output: Any) -> Tensor:
         if recorder.scores is not None:
