@@ -24,7 +24,8 @@ from lightning_sgd.functional.sampling.priority_sampling import (
     priority_values,
 )
 from lightning_sgd.functional.sampling.sample_losses import NAMES
-from lightning_sgd.sampling import Draw, PrioritySampler
+from lightning_sgd.sampling import PrioritySampler
+from lightning_sgd.sampling.draw import Draw
 from lightning_sgd.sampling.loss_recorder import (
     LossRecorder,
     NeedsGraph,

@@ -331,11 +331,6 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
             reports.linger()
 
     @property
-    def traffic(self) -> Traffic | None:
-        """What this rank has sent and waited since the start of the training; ``None`` on one rank."""
-        return None if self.exchange is None else self.exchange.traffic
-
-    @property
     def is_connected(self) -> bool:
         """Whether there are other ranks, and none of them is known to have failed."""
         return self.exchange is not None and not self._has_failed

@@ -167,10 +167,6 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         audit = f", audited every {self.audit_every} steps" if self.audit_every else ""
         return f"combined{units[self.workers]}{momentum} by {self.rule!r}{audit}{attack}"
 
-    def request_distances(self, wanted: bool) -> None:
-        """Measure in the steps from now on how far each worker's gradient is from the result, or stop to."""
-        self.measures_distances = wanted
-
     @property
     def reports(self) -> list[StepReport]:
         """The result of the rule for the last step of each optimizer."""
