@@ -190,8 +190,9 @@ def mass_fused_(
 
 
 @cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no annotations here
 def fused_mass_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel, here and now, makes the step that the paper defines.
+    """Return whether torch's kernel, here and now, makes the step that the paper defines.
 
     The answer is found by making one step of which the result is known: u = 1, g = 2, γ = ½, r = ⅕, η1 = 0.125
     leads to u = 0.675 with stored buffer 1.2, and multiples of these to multiples.

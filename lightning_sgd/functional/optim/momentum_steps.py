@@ -218,8 +218,9 @@ def adam_fused_(
 
 
 @cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no annotations here
 def fused_sgd_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel, here and now, makes the step w = 1, g = 2, m = 1, μ = ½, η = d = ⅛ → m = 21/8, w = 43/64.
+    """Check that torch's kernel makes the step w = 1, g = 2, m = 1, μ = ½, η = d = ⅛ → m = 21/8, w = 43/64.
 
     Multiples of these lead to multiples.
 
@@ -236,8 +237,9 @@ def fused_sgd_works(device_type: str, dtype: torch.dtype) -> bool:
 
 
 @cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no annotations here
 def fused_adam_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel, here and now, makes the first step w = 1, g = 2, β₁ = β₂ = ½, ε = √2, η = ¼ → w = 7/8.
+    """Check that torch's kernel makes the first step w = 1, g = 2, β₁ = β₂ = ½, ε = √2, η = ¼ → w = 7/8.
 
     Args:
         device_type: For example ``"cpu"`` or ``"cuda"``.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from lightning_sgd._validation import expect
 
@@ -178,6 +178,10 @@ def diminishing_steps(
         ValueError: If an argument is out of range.
     """
     _check_problem(mu, L)
+    for argument, choice, known in (("form", form, StepForm), ("theorem", theorem, Theorem)):
+        names = get_args(known)
+        remedy = f"The default is {names[0]}."
+        expect(choice in names, argument, f"one of {', '.join(names)}", choice, remedy)
     if alpha is None:
         alpha = SMALLEST_ALPHA * (2 if form == "doubling" else 1) if theorem != "serial" else 2.0
     expect(math.isfinite(alpha) and alpha > 0, "alpha", "a positive number", alpha, "Leave it out.")
