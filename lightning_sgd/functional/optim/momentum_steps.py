@@ -46,7 +46,7 @@ def sgd_for_loop_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One step of SGD with momentum and coupled decay in place, tensor by tensor.
+    """Make one step of SGD with momentum and coupled decay in place, tensor by tensor.
 
     Args:
         params: Parameters.
@@ -120,7 +120,7 @@ def adam_for_loop_(
     lr: float | Tensor,
     settings: AdamSettings,
 ) -> None:
-    r"""One step of Adam in place, tensor by tensor.
+    r"""Make one step of Adam in place, tensor by tensor.
 
     .. math:: w \leftarrow w - \eta\,\frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\,\frac{m}{\sqrt v + \epsilon}
 

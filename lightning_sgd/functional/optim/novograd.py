@@ -100,7 +100,7 @@ def novograd_coefficients_(
     steps: Tensor | None,
     settings: NovoGradSettings,
 ) -> NovoGradCoefficients:
-    """Move the second moments on by one step, and say what follows for momentum and parameters.
+    """Update the second moments in place and return the coefficients of the step.
 
     Nothing waits for the device.
 
