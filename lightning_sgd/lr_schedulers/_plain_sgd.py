@@ -8,11 +8,7 @@ from torch.optim import SGD, Optimizer
 
 
 def differences_from_plain_sgd(optimizer: Optimizer) -> Iterator[str]:
-    """Why the step of an optimizer is not step size times gradient, one sentence if so.
-
-    Args:
-        optimizer: The optimizer.
-    """
+    """Yield a sentence if the step of an optimizer is not step size times gradient."""
     if not isinstance(optimizer, SGD):
         yield (
             f"The theorems are about plain SGD, and {type(optimizer).__name__} makes other steps; "

@@ -1,14 +1,16 @@
-"""What schedules have in common that say how long a step is, not by which factor it changes."""
+"""The base of schedules that say how long a step is, not by which factor it changes."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
+from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, warn_outside_intended_use
 
 
 class PlannedLR(LRScheduler):
@@ -19,6 +21,9 @@ class PlannedLR(LRScheduler):
     ``ChainedScheduler`` for example, stays on it.
 
     A subclass says how long the next step is (:meth:`plan`), and what it forgets when it begins (:meth:`begin`).
+
+    Lightning calls a schedule once per epoch unless it is told otherwise. Calls that are missing since the last one are
+    made up for, so that the plan stays at the optimizer step that training has reached, and a warning says so once.
 
     Args:
         optimizer: The optimizer.
@@ -41,17 +46,52 @@ class PlannedLR(LRScheduler):
         )
         self.num_steps_per_call = num_steps_per_call
         self._factors = [1.0] * len(optimizer.param_groups)
+        self._num_steps_since_call, self._num_calls_due, self._has_told = 0, 1, False
         super().__init__(optimizer, last_epoch)
+        # Weakly, because the optimizer may live longer than a schedule that was replaced.
+        own = ref(self)
+
+        def count(*_: Any) -> None:
+            if (schedule := own()) is not None:
+                schedule._num_steps_since_call += 1
+
+        optimizer.register_step_post_hook(count)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Move on by one call, or by all that are due since the last one.
+
+        Args:
+            epoch: As in torch: the number of calls to jump to.
+        """
+        if not self._is_initial and epoch is None:
+            self._num_calls_due = max(self._num_steps_since_call // self.num_steps_per_call, 1)
+            self.last_epoch += self._num_calls_due - 1
+            if self._num_calls_due > 1 and not self._has_told:
+                self._has_told = True
+                warn_outside_intended_use(
+                    f"{type(self).__name__} was called once after {self._num_steps_since_call} optimizer steps instead "
+                    f"of {self.num_steps_per_call}: all are counted, but the step size stood still in between. Set "
+                    "`interval: step` where Lightning configures the schedule, or `num_steps_per_call`."
+                )
+        self._num_steps_since_call = 0
+        super().step(epoch)
+        self._num_calls_due = 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings and the place in the plan; what was counted since the last call stays here."""
+        passing = ("_num_steps_since_call", "_num_calls_due", "_has_told")
+        return {key: value for key, value in super().state_dict().items() if key not in passing}
 
     @abstractmethod
     def plan(self) -> float:
-        """The step size from now on; ``last_epoch`` is the number of calls of :meth:`step` so far."""
+        """Return the step size from now on; ``last_epoch`` is the number of calls of :meth:`step` so far."""
 
     def begin(self) -> None:
-        """The schedule begins, or jumps to ``last_epoch``, instead of going on by one call."""
+        """Prepare for the first call, or for a jump to ``last_epoch``."""
 
     def get_lr(self) -> list[float | Tensor]:
-        """The planned step size, group by group."""
+        """Return the planned step size, group by group."""
+        self._adopt_new_groups()
         if self._is_initial:
             self.begin()
             self._factors = [1.0] * len(self.base_lrs)
@@ -65,10 +105,20 @@ class PlannedLR(LRScheduler):
         return self._shared_out(self.plan())
 
     def _get_closed_form_lr(self) -> list[float | Tensor]:
-        """Torch's name for a jump, as ``SequentialLR`` makes it when the turn comes to a schedule."""
+        """Jump to ``last_epoch``, as ``SequentialLR`` does when the turn comes to a schedule; the name is torch's."""
+        self._num_steps_since_call = 0
+        self._adopt_new_groups()
         self.begin()
         self._factors = [1.0] * len(self.base_lrs)
         return self._shared_out(self.plan())
+
+    def _adopt_new_groups(self) -> None:
+        """Take groups in that were added to the optimizer later, as finetuning callbacks do when layers thaw."""
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            self.base_lrs.append(group.setdefault("initial_lr", float(group["lr"])))
+            self._factors.append(1.0)
+            if not self._is_initial:
+                self._last_lr.append(group["lr"])
 
     def _shared_out(self, step_size: float) -> list[float | Tensor]:
         base_lrs = [float(lr) for lr in self.base_lrs]

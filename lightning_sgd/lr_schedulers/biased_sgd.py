@@ -138,7 +138,9 @@ class BiasedSGDLR(PlannedLR):
     def plan(self) -> float:
         """Follow the bound by the step size that was used, ask the monitor, and choose."""
         if self._has_begun:
-            self._follow(max(float(group["lr"]) for group in self.optimizer.param_groups))
+            used = max(float(group["lr"]) for group in self.optimizer.param_groups)
+            for _ in range(self._num_calls_due):
+                self._follow(used)
         self._has_begun = True
         measured = None if self.monitor is None else self.monitor.error_model()
         if measured is not None and measured != (self.delta, self.c):

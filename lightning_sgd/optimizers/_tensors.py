@@ -1,4 +1,4 @@
-"""What every optimizer does with its tensors before the mathematics begins."""
+"""Sort tensors by type, make their states and refuse unsupported ones, before the mathematics begins."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def refuse_sparse(params: Iterable[Tensor], name: str) -> None:
 def tensors_by_type(
     optimizer: Optimizer, group: dict[str, Any], *state_names: str
 ) -> dict[TensorType, Lists]:
-    """Parameters with a gradient, their gradients and states, in lists that one kernel can take.
+    """Collect parameters with a gradient, their gradients and states, in lists that one kernel can take.
 
     States that do not exist yet are made, filled with zeros.
 
@@ -130,7 +130,7 @@ def _by_type(lists: Lists) -> dict[TensorType, Lists]:
 
 
 def scalar_states(optimizer: Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
-    """One number per parameter, in single precision at least; made, filled with zero, where it does not exist yet.
+    """Return one number per parameter, in single precision at least; zero where it does not exist yet.
 
     Args:
         optimizer: Owner of the states.
@@ -172,7 +172,7 @@ def scalar_buffer(optimizer: Optimizer, params: list[Tensor], name: str) -> Tens
 
 
 def scalar_dtype(param: Tensor) -> torch.dtype:
-    """The type of numbers that belong to a parameter: its own, but no less than single precision.
+    """Return the type of numbers that belong to a parameter: its own, but no less than single precision.
 
     Args:
         param: The parameter.
@@ -201,7 +201,7 @@ def restore_scalar_states(optimizer: Optimizer, state_dict: Mapping[str, Any], *
 
 
 def portions(lists: Lists, limit: int = 2**18) -> Iterator[tuple[list[int], Lists]]:
-    """Parallel lists in portions of so many elements, for steps that need temporary copies.
+    """Cut parallel lists into portions of so many elements, for steps that need temporary copies.
 
     On a CPU the copies then stay in the cache and need no fresh memory; elsewhere everything is one portion.
 

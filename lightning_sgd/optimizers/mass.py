@@ -52,7 +52,8 @@ class MaSS(GroupwiseOptimizer):
     Cost: one buffer of the size of the parameters, no extra pass; one fused kernel per step where torch has it.
 
     When ``lr`` follows a schedule the momentum is kept in units of the gradient, as in ``torch.optim.SGD``; a
-    secondary step size given as ``eta2`` scales along with ``lr``.
+    secondary step size given as ``eta2`` scales along with ``lr``. ``OneCycleLR`` and ``CyclicLR`` need
+    ``cycle_momentum: false``: the acceleration is given by ``alpha``, which they do not know.
 
     Args:
         params: Parameters or parameter groups; a group may set its own values of the arguments below.
@@ -144,7 +145,7 @@ class MaSS(GroupwiseOptimizer):
         batch_size: int,
         **settings: Any,
     ) -> MaSS:
-        """MaSS with the hyper-parameters that are optimal for a spectrum and a batch size.
+        """Build MaSS with the hyper-parameters that are optimal for a spectrum and a batch size.
 
         Args:
             params: Parameters or parameter groups.

@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from lightning_sgd import OutsideIntendedUseWarning
+
 STEPS = 30
 
 
@@ -220,3 +222,57 @@ def test_a_jump_is_as_good_as_the_way_there(make):
 def test_impossible_periods_are_refused(make, value):
     with pytest.raises(ValueError, match="Expected `num_steps_per_call` to be at least 1, got"):
         make(sgd(0.1), num_steps_per_call=value)
+
+
+@pytest.mark.filterwarnings("ignore:.*was called once after:UserWarning")
+def test_calls_that_are_missing_are_made_up_for(make):
+    # A plain LightningCLI, or a user who forgets `interval`, calls once per epoch: t must still count optimizer steps.
+    often, seldom = sgd(0.1), sgd(0.1)
+    each, rare = make(often), make(seldom)
+    for _ in range(3):
+        for _ in range(5):
+            often.step()
+            each.step()
+            seldom.step()
+        rare.step()
+        assert rare.last_epoch == each.last_epoch
+    # What is planned by t alone is the same; what follows the steps that were used is followed from these.
+    if not hasattr(each, "U"):
+        assert rare.get_last_lr() == each.get_last_lr()
+
+
+def test_a_wrong_interval_is_named_once_at_the_first_call(make):
+    optimizer = sgd(0.1)
+    scheduler = make(optimizer)
+    for _ in range(5):
+        optimizer.step()
+    with pytest.warns(
+        OutsideIntendedUseWarning, match="once after 5 optimizer steps .*interval: step"
+    ):
+        scheduler.step()
+    for _ in range(5):
+        optimizer.step()
+    scheduler.step()  # not again, or the warning would be an error here
+
+
+def test_the_count_since_the_last_call_is_no_part_of_the_state(make):
+    optimizer = sgd(0.1)
+    scheduler = make(optimizer)
+    before = scheduler.state_dict()
+    optimizer.step()
+    assert scheduler.state_dict() == before
+
+
+def test_groups_that_are_added_later_get_their_share(make):
+    # BaseFinetuning adds layers that thaw as a group of their own.
+    optimizer, alone = sgd(0.1), sgd(0.1)
+    scheduler, reference = make(optimizer), make(alone)
+    advance(scheduler, 2)
+    advance(reference, 2)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.02})
+    for lrs, (planned,) in zip(advance(scheduler, 5)[1:], advance(reference, 5)[1:], strict=True):
+        assert lrs == pytest.approx([planned, planned / 5], rel=1e-12)
+    resumed = make(sgd(0.1, 0.02))
+    resumed.load_state_dict(scheduler.state_dict())
+    resumed.optimizer.load_state_dict(optimizer.state_dict())
+    assert advance(resumed, 2)[1:] == advance(scheduler, 2)[1:]

@@ -207,3 +207,18 @@ def test_a_schedule_called_once_per_epoch_counts_steps(form):
     each = advance(DiminishingLR(sgd(0.1), **HERE, **settings), 700)
     per_epoch = DiminishingLR(sgd(0.1), **HERE, **settings, num_steps_per_call=7)
     assert advance(per_epoch, 100) == each[::7]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"form": "smoth"}, "Expected `form` to be one of smooth, doubling, got 'smoth'"),
+        (
+            {"theorem": "hogwld"},
+            "Expected `theorem` to be one of serial, hogwild, hogwild_nonconvex, got 'hogwld'",
+        ),
+    ],
+)
+def test_misspelt_choices_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DiminishingLR(sgd(0.1), 0.1, 1.0, **settings)

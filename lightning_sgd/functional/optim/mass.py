@@ -53,7 +53,7 @@ class MaSSCoefficients:
 
 
 def mass_coefficients(alpha: float, kappa_tilde: float) -> MaSSCoefficients:
-    r"""Coefficients from the paper's hyper-parameters.
+    r"""Compute the coefficients from the paper's hyper-parameters.
 
     .. math:: \gamma = \frac{1-\alpha}{1+\alpha}, \qquad r = \frac{1 - 1/\tilde\kappa}{1+\alpha}
 
@@ -71,7 +71,7 @@ def mass_coefficients(alpha: float, kappa_tilde: float) -> MaSSCoefficients:
 
 
 def mass_parameters_from_steps(gamma: float, eta2: float, lr: float) -> tuple[float, float]:
-    """The (alpha, kappa_tilde) for which MaSS at step size ``lr`` has this ``gamma`` and ``eta2``.
+    """Return the (alpha, kappa_tilde) for which MaSS at step size ``lr`` has this ``gamma`` and ``eta2``.
 
     Args:
         gamma: Acceleration [γ], in [0, 1).
@@ -113,7 +113,7 @@ def mass_for_loop_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """One MaSS step in place, tensor by tensor.
+    """Make one MaSS step in place, tensor by tensor.
 
     Args:
         params: Parameters, holding u.
@@ -190,8 +190,9 @@ def mass_fused_(
 
 
 @cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no annotations here
 def fused_mass_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel, here and now, makes the step that the paper defines.
+    """Return whether torch's kernel, here and now, makes the step that the paper defines.
 
     The answer is found by making one step of which the result is known: u = 1, g = 2, γ = ½, r = ⅕, η1 = 0.125
     leads to u = 0.675 with stored buffer 1.2, and multiples of these to multiples.

@@ -47,7 +47,7 @@ def mass_hyperparameters(
     kappa_tilde: float,
     batch_size: int,
 ) -> MaSSHyperParameters:
-    r"""Optimal hyper-parameters for a spectrum and a batch size.
+    r"""Compute the optimal hyper-parameters for a spectrum and a batch size.
 
     With :math:`L_m = L_1/m + (m-1)L/m`, :math:`\kappa_m = L_m/\mu` and
     :math:`\tilde\kappa_m = \tilde\kappa/m + (m-1)/m`,
@@ -96,7 +96,7 @@ def mass_hyperparameters(
 
 
 def critical_batch_sizes(L: float, L1: float, kappa_tilde: float) -> tuple[float, float]:
-    """Batch sizes at which more samples per step begin to pay less, and stop to pay.
+    """Return the batch sizes at which more samples per step begin to pay less, and stop to pay.
 
     Args:
         L: Largest eigenvalue of the Hessian [L].
@@ -118,7 +118,7 @@ def critical_batch_sizes(L: float, L1: float, kappa_tilde: float) -> tuple[float
 
 
 def batch_size_regime(batch_size: int, L: float, L1: float, kappa_tilde: float) -> BatchSizeRegime:
-    """Whether a batch size lies in the regime of linear scaling, diminishing returns or saturation.
+    """Return whether a batch size lies in the regime of linear scaling, diminishing returns or saturation.
 
     Args:
         batch_size: Samples behind one step [m].

@@ -46,7 +46,7 @@ def sgd_for_loop_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One step of SGD with momentum and coupled decay in place, tensor by tensor.
+    """Make one step of SGD with momentum and coupled decay in place, tensor by tensor.
 
     Args:
         params: Parameters.
@@ -120,7 +120,7 @@ def adam_for_loop_(
     lr: float | Tensor,
     settings: AdamSettings,
 ) -> None:
-    r"""One step of Adam in place, tensor by tensor.
+    r"""Make one step of Adam in place, tensor by tensor.
 
     .. math:: w \leftarrow w - \eta\,\frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\,\frac{m}{\sqrt v + \epsilon}
 
@@ -218,8 +218,9 @@ def adam_fused_(
 
 
 @cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no annotations here
 def fused_sgd_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel, here and now, makes the step w = 1, g = 2, m = 1, μ = ½, η = d = ⅛ → m = 21/8, w = 43/64.
+    """Check that torch's kernel makes the step w = 1, g = 2, m = 1, μ = ½, η = d = ⅛ → m = 21/8, w = 43/64.
 
     Multiples of these lead to multiples.
 
@@ -236,8 +237,9 @@ def fused_sgd_works(device_type: str, dtype: torch.dtype) -> bool:
 
 
 @cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no annotations here
 def fused_adam_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel, here and now, makes the first step w = 1, g = 2, β₁ = β₂ = ½, ε = √2, η = ¼ → w = 7/8.
+    """Check that torch's kernel makes the first step w = 1, g = 2, β₁ = β₂ = ½, ε = √2, η = ¼ → w = 7/8.
 
     Args:
         device_type: For example ``"cpu"`` or ``"cuda"``.

@@ -100,7 +100,7 @@ def novograd_coefficients_(
     steps: Tensor | None,
     settings: NovoGradSettings,
 ) -> NovoGradCoefficients:
-    """Move the second moments on by one step, and say what follows for momentum and parameters.
+    """Update the second moments in place and return the coefficients of the step.
 
     Nothing waits for the device.
 
@@ -337,8 +337,9 @@ def _fused_sgd_(
 
 
 @cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no annotations here
 def fused_novograd_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel, here and now, makes the step that is asked of it.
+    """Return whether torch's kernel, here and now, makes the step that is asked of it.
 
     The answer is found by one step of which the result is known: w = 1, g = 2, m = ½ with β₁ = ½, a = ¼, b = λ = ⅛
     leads to m = ⅞ and w = 57/64, and multiples of these to multiples.

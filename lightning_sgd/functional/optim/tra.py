@@ -22,7 +22,7 @@ InnerDecay: TypeAlias = Literal["harmonic", "none"]
 def inner_step_size(
     lr: float | Tensor, position: int, inner_lr_decay: InnerDecay
 ) -> float | Tensor:
-    """Step size at a position of a stage.
+    """Compute the step size at a position of a stage.
 
     Args:
         lr: Step size of the schedule [η].
@@ -37,7 +37,7 @@ def inner_step_size(
 
 
 def pull_strength(lambda_w: float, lr: float | Tensor) -> float | Tensor:
-    """Factor of the deviation from the anchor in the gradient [2λ]; 0 where the step size is 0.
+    """Compute the factor of the deviation from the anchor in the gradient [2λ]; 0 where the step size is 0.
 
     Args:
         lambda_w: Strength of the regularisation per unit of step size [λ_w].
@@ -55,7 +55,7 @@ def pull_strength(lambda_w: float, lr: float | Tensor) -> float | Tensor:
 def regularized_gradients(
     params: list[Tensor], grads: list[Tensor], anchors: list[Tensor], strength: float | Tensor
 ) -> list[Tensor]:
-    """Gradients of the loss plus the regularisation, in new tensors.
+    """Compute the gradients of the loss plus the regularisation, in new tensors.
 
     Args:
         params: Parameters [w], of one device and dtype.
@@ -75,7 +75,7 @@ def regularized_gradients(
 
 
 def next_position(position: int, inner_steps: int) -> int:
-    """Position after one more step; 0 when the stage is over.
+    """Return the position after one more step; 0 when the stage is over.
 
     Args:
         position: Steps made in this stage before [k].

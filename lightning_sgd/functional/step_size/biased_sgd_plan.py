@@ -38,7 +38,7 @@ def biased_sgd_bound(
     delta: float = 0.0,
     c: float = 0.0,
 ) -> list[float]:
-    """Bound on the mean squared distance from the optimum, after each step of a schedule; infinite once it overflows.
+    """Bound the mean squared distance from the optimum after each step of a schedule; infinite once it overflows.
 
     Args:
         problem: What is known about the objective.
@@ -67,7 +67,7 @@ def biased_sgd_bound(
 def closed_form_step(
     problem: BiasedSGDProblem, U: float, delta: float = 0.0, c: float = 0.0
 ) -> float | None:
-    """The best step size where the closed form holds; ``None`` where it has to be searched for.
+    """Return the best step size where the closed form holds; ``None`` where it has to be searched for.
 
     Args:
         problem: What is known about the objective.
@@ -88,7 +88,7 @@ def closed_form_step(
 
 
 def optimal_step(problem: BiasedSGDProblem, U: float, delta: float = 0.0, c: float = 0.0) -> float:
-    r"""The step size with the smallest bound on the squared distance after the step.
+    r"""Return the step size with the smallest bound on the squared distance after the step.
 
     With :math:`P = \tilde M U + 2G^2` and :math:`q^2 = \delta^2 P + c^2`, where the closed form holds,
 
@@ -126,7 +126,7 @@ def optimal_step(problem: BiasedSGDProblem, U: float, delta: float = 0.0, c: flo
 
 
 def biased_sgd_floor(problem: BiasedSGDProblem, delta: float = 0.0, c: float = 0.0) -> float:
-    r"""The mean squared distance below which no step size is certain to lead.
+    r"""Compute the mean squared distance below which no step size is certain to lead.
 
     .. math::
         U_\infty = \frac{c^2 + 2\delta^2 G^2}{\sigma(2m - \sigma) - \tilde M\delta^2}, \qquad
@@ -157,7 +157,7 @@ def biased_sgd_floor(problem: BiasedSGDProblem, delta: float = 0.0, c: float = 0
 
 
 def max_relative_error(problem: BiasedSGDProblem, U: float | None = None, c: float = 0.0) -> float:
-    r"""The budget: the largest relative error with which progress is still certain.
+    r"""Compute the budget: the largest relative error with which progress is still certain.
 
     .. math::
         \delta_{\max}^2 = \frac{m^2U - c^2}{\tilde M U + 2G^2}

@@ -17,7 +17,7 @@ CompressorName: TypeAlias = Literal["bf16", "int8", "int4", "sign", "topk"]
 
 
 def round_to_bf16(values: Tensor) -> Tensor:
-    """Rounded to bfloat16: relative error at most 2⁻⁸ per number.
+    """Round to bfloat16: relative error at most 2⁻⁸ per number.
 
     Args:
         values: Numbers of any shape.
@@ -26,7 +26,7 @@ def round_to_bf16(values: Tensor) -> Tensor:
 
 
 def round_to_grid(values: Tensor, num_bits: int) -> Tensor:
-    """Rounded to a symmetric uniform grid that just holds the largest magnitude, 2^(bits−1) − 1 steps on each side.
+    """Round to a symmetric uniform grid that just holds the largest magnitude, 2^(bits−1) − 1 steps on each side.
 
     Args:
         values: Numbers of any shape.
@@ -42,7 +42,7 @@ def round_to_grid(values: Tensor, num_bits: int) -> Tensor:
 
 
 def scaled_sign(values: Tensor) -> Tensor:
-    """The signs, times the mean magnitude.
+    """Return the signs, times the mean magnitude.
 
     Args:
         values: Numbers of any shape.
@@ -55,7 +55,7 @@ def scaled_sign(values: Tensor) -> Tensor:
 
 
 def keep_largest(values: Tensor, fraction: float) -> Tensor:
-    """The numbers with the largest magnitudes, zero for the others.
+    """Keep the numbers with the largest magnitudes, set the others to zero.
 
     Args:
         values: Numbers of any shape.
@@ -72,7 +72,7 @@ def keep_largest(values: Tensor, fraction: float) -> Tensor:
 
 
 def compressor(name: CompressorName, topk_fraction: float = 0.01) -> Compressor:
-    """The compressor of this name.
+    """Return the compressor of this name.
 
     Args:
         name: ``bf16``, ``int8``, ``int4``, ``sign`` or ``topk``.
@@ -129,7 +129,7 @@ def compression_sums(gradients: Iterable[Tensor], compress: Compressor) -> Tenso
 
 
 def relative_error(sums: Sequence[float]) -> float:
-    """Length of the error over length of the gradient; 0 for 0/0.
+    """Divide the length of the error by the length of the gradient; 0 for 0/0.
 
     Args:
         sums: From :func:`compression_sums`.
@@ -139,7 +139,7 @@ def relative_error(sums: Sequence[float]) -> float:
 
 
 def cosine(sums: Sequence[float]) -> float:
-    """Cosine of the angle between gradient and compressed gradient; 1 where one of them vanishes with the error.
+    """Compute the cosine between gradient and compressed gradient; 1 where one of them vanishes with the error.
 
     Args:
         sums: From :func:`compression_sums`.
@@ -163,7 +163,7 @@ def fit_error_model(
     problem: BiasedSGDProblem | None = None,
     quantile: float = 1.0,
 ) -> tuple[float, float]:
-    r"""The numbers δ and c with :math:`\|e\|^2 \le \delta^2\|u\|^2 + c^2` for what was measured.
+    r"""Fit the numbers δ and c with :math:`\|e\|^2 \le \delta^2\|u\|^2 + c^2` for what was measured.
 
     Of all lines above the points (‖u‖², ‖e‖²) the one with the lowest floor
     :math:`(c^2 + 2\delta^2G^2) / (m^2 - \tilde M\delta^2)` is taken, which is always among those through two points,

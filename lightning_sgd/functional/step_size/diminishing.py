@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from lightning_sgd._validation import expect
 
@@ -56,7 +56,7 @@ class DiminishingSteps:
     num_processes: int = 1
 
     def at(self, num_updates: float) -> float:
-        """Step size after so many updates.
+        """Return the step size after so many updates.
 
         Args:
             num_updates: Updates so far, over all processes [t].
@@ -73,7 +73,7 @@ class DiminishingSteps:
         return self.alpha / (self.mu * time)
 
     def violations(self) -> Iterator[str]:
-        """The conditions of the theorem that do not hold, one sentence each."""
+        """Yield a sentence for each condition of the theorem that does not hold."""
         if self.theorem == "serial":
             yield from self._violations_of_theorem_2()
         elif (smallest := self.alpha / self._spread) < SMALLEST_ALPHA:
@@ -123,7 +123,7 @@ class DiminishingSteps:
 def required_offset(
     mu: float, L: float, alpha: float, theorem: Theorem, num_filters: int = 1, max_delay: int = 0
 ) -> float:
-    r"""The smallest offset that a theorem covers.
+    r"""Compute the smallest offset that a theorem covers.
 
     .. math:: E = \frac{2\alpha L}{\mu} \text{ (2)}, \qquad
         \max\Bigl(2\tau, \frac{4 L\alpha D}{\mu}\Bigr) \text{ (5)}, \qquad
@@ -161,7 +161,7 @@ def diminishing_steps(
     max_delay: int = 0,
     num_processes: int = 1,
 ) -> DiminishingSteps:
-    """The sequence with the smallest α and E that the theorem covers, where these are not given.
+    """Build the sequence with the smallest α and E that the theorem covers, where these are not given.
 
     Args:
         mu: Strong convexity of the objective [μ].
@@ -178,6 +178,10 @@ def diminishing_steps(
         ValueError: If an argument is out of range.
     """
     _check_problem(mu, L)
+    for argument, choice, known in (("form", form, StepForm), ("theorem", theorem, Theorem)):
+        names = get_args(known)
+        remedy = f"The default is {names[0]}."
+        expect(choice in names, argument, f"one of {', '.join(names)}", choice, remedy)
     if alpha is None:
         alpha = SMALLEST_ALPHA * (2 if form == "doubling" else 1) if theorem != "serial" else 2.0
     expect(math.isfinite(alpha) and alpha > 0, "alpha", "a positive number", alpha, "Leave it out.")
@@ -200,7 +204,7 @@ def diminishing_steps(
 def diminishing_bound(
     num_updates: int, mu: float, L: float, noise: float, initial_sq_distance: float
 ) -> float:
-    r"""Theorem 2: how far serial SGD with :class:`~lightning_sgd.DiminishingLR` can be from the optimum.
+    r"""Bound, by Theorem 2, how far serial SGD with :class:`~lightning_sgd.DiminishingLR` can be from the optimum.
 
     .. math::
         E\|w_t - w_*\|^2 \le \frac{16 N}{\mu^2\,(t - T + E)} \quad\text{for } t \ge T, \qquad

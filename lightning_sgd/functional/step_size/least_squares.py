@@ -122,7 +122,7 @@ def estimate_condition_numbers(
     num_samples: int = 4096,
     rtol: float | None = None,
 ) -> ConditionNumbers:
-    r"""Exact condition numbers of the empirical distribution of some features.
+    r"""Compute the exact condition numbers of the empirical distribution of some features.
 
     One thin singular value decomposition :math:`X = U S V^\top` of the (n, d) features gives everything: with
     :math:`u_i` the rows of :math:`U`,
@@ -181,7 +181,7 @@ def estimate_condition_numbers(
 def least_squares_constants(
     features: Tensor, residuals: Tensor, rtol: float | None = None
 ) -> LeastSquaresConstants:
-    r"""The constants of the empirical distribution of some samples.
+    r"""Compute the constants of the empirical distribution of some samples.
 
     For a network take the features of its last hidden layer and the residuals of a linear output. One thin singular
     value decomposition :math:`X/\sqrt N = U W^{1/2} V^\top` gives everything: :math:`R^2 = \lambda_{\max}(U^\top
@@ -220,7 +220,7 @@ def least_squares_constants(
 def constants_of_moments(
     second: Tensor, fourth: Tensor, noise: Tensor, rtol: float = 1e-6
 ) -> LeastSquaresConstants:
-    """The same where the moments of the distribution are known.
+    """Compute the constants from known moments of the distribution.
 
     Args:
         second: H = E[xxᵀ], shape (d, d).
@@ -292,7 +292,7 @@ def _second_moment(u: Tensor, weights: Tensor) -> Tensor:
 
 
 def _constants(w: Tensor, r2: float, noise: Tensor) -> LeastSquaresConstants:
-    """From the eigenvalues of H, R², and Σ in the basis of the eigenvectors."""
+    """Build the result from the eigenvalues of H, R², and Σ in the basis of the eigenvectors."""
     solution = noise / (w[:, None] + w)  # HS + SH = Σ
     trace = float(solution.trace())
     largest = float(torch.linalg.eigvalsh(solution)[-1])
