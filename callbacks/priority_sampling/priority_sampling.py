@@ -351,7 +351,13 @@ class PrioritySampling(Callback):
         def make(dataset: Any, batch_size: int, drop_last: bool) -> PrioritySampler:
             run = self.run
             if run is not None and run.sampler.num_in_dataset == len(dataset):
+                run.resize(batch_size, drop_last)
                 return run.sampler
+            if run is not None:
+                rank_zero_warn(
+                    f"PrioritySampling starts with new scores, because the data set has {len(dataset)} samples now and "
+                    f"had {run.sampler.num_in_dataset} before."
+                )
             settings = {**self.settings, **ranks, "seed": self.seed, "drop_last": drop_last}
             if self.selection is not None:
                 warmup = 0 if self.selection.draws_uniformly else math.inf
@@ -374,6 +380,7 @@ class PrioritySampling(Callback):
         sampler.before_epoch = partial(self._prepare_epoch, trainer, pl_module)
         if self._restored:
             run.load_state_dict(self._restored)
+            self._restored = None  # a data set that is loaded later has scores of its own
         return run
 
     def _prepare_epoch(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
