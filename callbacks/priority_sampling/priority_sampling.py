@@ -57,7 +57,7 @@ class PrioritySampling(Callback):
     without logits, ``mse_loss``, ``l1_loss``, ``smooth_l1_loss``, ``huber_loss``, ``kl_div``, ``gaussian_nll_loss`` or
     ``poisson_nll_loss`` of ``torch.nn.functional``, or the classes over them, with one row for each sample. Otherwise
     training stops with an error, and ``return lightning_sgd.priority_mean(losses)`` in place of ``losses.mean()``
-    helps. Batches are the user's own, of any structure.
+    helps. Batches may have any structure, with one row for each sample in the order of the draw.
 
     All ranks draw the same batches as one process would, and exchange the scores in one all-gather per batch of
     4 bytes per sample. Scores, generator and prefetched draws are in the checkpoint, so training resumes exactly in
