@@ -57,7 +57,7 @@ class PrioritySampling(Callback):
     without logits, ``mse_loss``, ``l1_loss``, ``smooth_l1_loss``, ``huber_loss``, ``kl_div``, ``gaussian_nll_loss`` or
     ``poisson_nll_loss`` of ``torch.nn.functional``, or the classes over them, with one row for each sample. Otherwise
     training stops with an error, and ``return lightning_sgd.priority_mean(losses)`` in place of ``losses.mean()``
-    helps. Batches are the user's own, of any structure.
+    helps. Batches may have any structure, with one row for each sample in the order of the draw.
 
     All ranks draw the same batches as one process would, and exchange the scores in one all-gather per batch of
     4 bytes per sample. Scores, generator and prefetched draws are in the checkpoint, so training resumes exactly in
@@ -351,7 +351,13 @@ class PrioritySampling(Callback):
         def make(dataset: Any, batch_size: int, drop_last: bool) -> PrioritySampler:
             run = self.run
             if run is not None and run.sampler.num_in_dataset == len(dataset):
+                run.resize(batch_size, drop_last)
                 return run.sampler
+            if run is not None:
+                rank_zero_warn(
+                    f"PrioritySampling starts with new scores, because the data set has {len(dataset)} samples now and "
+                    f"had {run.sampler.num_in_dataset} before."
+                )
             settings = {**self.settings, **ranks, "seed": self.seed, "drop_last": drop_last}
             if self.selection is not None:
                 warmup = 0 if self.selection.draws_uniformly else math.inf
@@ -374,6 +380,7 @@ class PrioritySampling(Callback):
         sampler.before_epoch = partial(self._prepare_epoch, trainer, pl_module)
         if self._restored:
             run.load_state_dict(self._restored)
+            self._restored = None  # a data set that is loaded later has scores of its own
         return run
 
     def _prepare_epoch(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:

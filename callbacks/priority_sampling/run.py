@@ -143,6 +143,17 @@ class PriorityRun:
             recorder, output = listen(True)  # only the graph shows which of them are returned
         return self._found(recorder, output)
 
+    def resize(self, batch_size: int, drop_last: bool) -> None:
+        """Draw batches of another size from the next epoch on, as a data loader that was reloaded says."""
+        sampler = self.sampler
+        sampler.batch_size, sampler.drop_last = batch_size, drop_last
+        sampler.num_candidates = batch_size
+        if self.selection is not None:
+            learned = self.selection.state_dict()
+            self.selection.prepare(batch_size)
+            self.selection.load_state_dict(learned)
+            sampler.num_candidates = self.selection.num_candidates
+
     def refresh(self, scores: Tensor) -> None:
         """Enter new scores of all samples.
 

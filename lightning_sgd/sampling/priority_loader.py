@@ -135,6 +135,13 @@ def _checked(loader: object, num_ranks: int) -> DataLoader[Any]:
         "Priority sampling decides itself what is in a batch.",
     )
     expect(
+        not _own_methods(type(loader)),
+        "train_dataloader",
+        "a DataLoader without an iterator or a length of its own",
+        type(loader).__name__,
+        "Priority sampling replaces the iterator; change batches in `on_before_batch_transfer` instead.",
+    )
+    expect(
         getattr(loader, "in_order", True),
         "in_order",
         "true",
@@ -143,6 +150,17 @@ def _checked(loader: object, num_ranks: int) -> DataLoader[Any]:
     )
     _check_sampler(loader.sampler, loader.dataset, num_ranks)
     return loader
+
+
+def _own_methods(loader_class: type) -> set[str]:
+    """Name the methods by which a class of the user makes its batches, and which would be lost."""
+    names = ("__iter__", "__len__", "_get_iterator")
+    own = [
+        cls for cls in loader_class.__mro__ if issubclass(cls, DataLoader) and cls is not DataLoader
+    ]
+    # The position of a ResumableDataLoader is kept by the sampler instead.
+    users = [cls for cls in own if not cls.__module__.startswith("lightning_sgd.")]
+    return {name for name in names for cls in users if name in vars(cls)}
 
 
 def _check_sampler(sampler: object, dataset: Any, num_ranks: int) -> None:

@@ -7,15 +7,16 @@ import math
 import pickle
 from functools import wraps
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.priority_training import BATCHES, B, C, Clusters, Draws, Linear, fit, loader, quiet
+from support.priority_training import BATCHES, B, C, Clusters, Draws, Linear, N, fit, loader, quiet
 from support.training import trainer
 from torch.utils.data import DataLoader
 
-from lightning_sgd import PrioritySampler
+from lightning_sgd import Presampling, PrioritySampler
 
 
 @pytest.mark.parametrize("batch_format", ["tuple", "dict", "dataclass"])
@@ -138,7 +139,44 @@ def test_copies_of_the_module_train_by_their_own_weights(tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 def test_a_training_goes_on_without_the_callback(tmp_path):
     keep = ModelCheckpoint(tmp_path, "middle", every_n_train_steps=BATCHES)
-    fit(tmp_path, quiet(), callbacks=[keep], enable_checkpointing=True, max_epochs=1)
+    callback = quiet(warmup_epochs=0)
+    fit(tmp_path, callback, callbacks=[keep], enable_checkpointing=True, max_epochs=1)
     resumed = trainer(tmp_path, max_epochs=2)
     resumed.fit(Linear(), loader(), ckpt_path=tmp_path / "middle.ckpt")
     assert resumed.global_step == 2 * BATCHES
+
+
+class Growing(LightningDataModule):
+    """Batches of 4, 8 and 16, or of another data set in every epoch."""
+
+    def __init__(self, batch_sizes=(B, B, B), nums=(N, N, N)):
+        super().__init__()
+        self.batch_sizes, self.nums = batch_sizes, nums
+
+    def train_dataloader(self):
+        epoch = self.trainer.current_epoch
+        return loader(batch_size=self.batch_sizes[epoch], num=self.nums[epoch])
+
+
+@pytest.mark.parametrize("selection", [None, Presampling(threshold=9.0)])
+def test_reloaded_data_may_have_another_batch_size(tmp_path, selection):
+    callback = quiet(selection=selection)
+    data = Growing(batch_sizes=(4, 8, 16))
+    module, draws, running = fit(tmp_path, callback, data=data, reload_dataloaders_every_n_epochs=1)
+    num_batches = [math.ceil(N / size) for size in (4, 8, 16)]
+    assert running.global_step == sum(num_batches) == len(draws)
+    ends = np.cumsum(num_batches)
+    assert [len(module.seen[start]) for start in (0, *ends[:-1])] == [4, 8, 16]
+    assert callback.run.sampler.table.num_updates == len(draws), "scores are kept"
+
+
+def test_reloaded_data_of_another_size_start_anew(tmp_path):
+    callback = quiet()
+    with pytest.warns(UserWarning, match="the data set has 60 samples now and had 50 before"):
+        module, _, _ = fit(
+            tmp_path,
+            callback,
+            data=Growing(nums=(50, 50, 60)),
+            reload_dataloaders_every_n_epochs=1,
+        )
+    assert max(index for batch in module.seen for index in batch) >= 50

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.priority_training import Clusters, N, fit, loader, quiet
+from support.priority_training import B, Clusters, N, fit, loader, quiet
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from lightning_sgd import NoEffectWarning, OutsideIntendedUseWarning, Presampling
@@ -13,6 +13,20 @@ from lightning_sgd import NoEffectWarning, OutsideIntendedUseWarning, Presamplin
 class Stream(IterableDataset):
     def __iter__(self):
         yield 1
+
+
+class Repeats(DataLoader):
+    """Every batch twice."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch
+            yield batch
+
+
+class Short(DataLoader):
+    def __len__(self):
+        return 3
 
 
 @pytest.mark.parametrize(
@@ -29,6 +43,8 @@ class Stream(IterableDataset):
             "plain one of a DataLoader with `batch_size`, got 'list'",
         ),
         (DataLoader(Clusters(), batch_size=None), "plain one of a DataLoader"),
+        (Repeats(Clusters(), B), "without an iterator or a length of its own, got 'Repeats'"),
+        (Short(Clusters(), B), "without an iterator or a length of its own, got 'Short'"),
         (loader(num_workers=1, in_order=False), "`in_order` to be true"),
         (
             loader(shuffle=False, sampler=torch.utils.data.DistributedSampler(Clusters(), 2, 0)),
