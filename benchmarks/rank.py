@@ -7,7 +7,7 @@ that the drift of a shared machine cancels in their median.
     python benchmarks/rank.py --quick --json rank.json
 
 The row of the default cadence is what a user pays: the mean over the first 100 looks of ``RankMonitor`` with its
-default settings, some of them full looks and the others glances, by its own schedule and the median times of these two
+default settings, some of them full looks and the others cheap, by its own schedule and the median times of these two
 rows. It assumes that an epoch, the default interval, takes as long as ``--epoch-seconds`` says. Where epochs are short,
 looks are rarer, and full ones rarer still; longer ones make no difference.
 
@@ -45,7 +45,7 @@ from lightning_sgd.functional.spectra.weight_matrices import find_weight_matrice
 
 BASELINE = "svdvals, layer by layer"
 PEER = "WeightWatcher.analyze"
-FULL, GLANCE, CADENCE = "ours, full look", "ours, glance", "ours, default cadence"
+FULL, CHEAP, CADENCE = "ours, full look", "ours, cheap look", "ours, default cadence"
 
 
 def resnet18() -> nn.Module:
@@ -81,7 +81,7 @@ def candidates(module: nn.Module) -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {
         BASELINE: lambda: [torch.linalg.svdvals(matrix.read()) for matrix in matrices],
         FULL: lambda: by_default[0].of(matrix.read() for matrix in matrices),
-        GLANCE: lambda: by_default[1].of(matrix.read() for matrix in matrices),
+        CHEAP: lambda: by_default[1].of(matrix.read() for matrix in matrices),
         "ours, rank, stable rank": ours(measures=["rank", "stable_rank"]),
     }
     analyze = weightwatcher(module)
@@ -149,10 +149,10 @@ def compare(network: str, module: nn.Module, seconds: float, epoch_seconds: floa
         random.shuffle(order)
         for name in order:
             times[name].append(seconds_of(calls[name]))
-    full_share = share_of_full_looks(times[FULL], times[GLANCE], epoch_seconds)
+    full_share = share_of_full_looks(times[FULL], times[CHEAP], epoch_seconds)
     times[CADENCE] = [
-        full_share * full + (1 - full_share) * glance
-        for full, glance in zip(times[FULL], times[GLANCE], strict=True)
+        full_share * full + (1 - full_share) * cheap
+        for full, cheap in zip(times[FULL], times[CHEAP], strict=True)
     ]
     results = []
     for name, taken in times.items():
@@ -173,10 +173,10 @@ def compare(network: str, module: nn.Module, seconds: float, epoch_seconds: floa
 
 
 def share_of_full_looks(
-    full: Sequence[float], glance: Sequence[float], epoch_seconds: float, num_looks: int = 100
+    full: Sequence[float], cheap: Sequence[float], epoch_seconds: float, num_looks: int = 100
 ) -> float:
     """Which share of the first looks of the monitor with its default settings are full ones."""
-    costs = {"look": statistics.median(full), "glance": statistics.median(glance)}
+    costs = {"look": statistics.median(full), "glance": statistics.median(cheap)}
     schedule = RankMonitor().schedule
     taken: list[str] = []
     epoch = 0

@@ -1,7 +1,7 @@
-"""Lightning callbacks, one per file; hooks only, the arithmetic is in ``functional``."""
+"""Lightning callbacks, one per file or folder; the arithmetic is in ``functional``."""
 
 from lightning_sgd.callbacks.byzantine_monitor import ByzantineMonitor
-from lightning_sgd.callbacks.communication_monitor import CommunicationMonitor
+from lightning_sgd.callbacks.communication_monitor.communication_monitor import CommunicationMonitor
 from lightning_sgd.callbacks.critical_batch_size_monitor import CriticalBatchSizeMonitor
 from lightning_sgd.callbacks.gaussianity_monitor import GaussianityMonitor
 from lightning_sgd.callbacks.gradient_error_monitor import GradientErrorMonitor

@@ -1,51 +1,62 @@
-"""Watches which workers a robust rule rejects."""
+"""Monitor which workers a robust rule rejects."""
 
 from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_sgd._distributed import gather_texts
+from lightning_sgd._protocols import ReportsAggregation, StepReport
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._monitoring.monitor import Monitor
 from lightning_sgd.functional.robust.rejections import RejectionTally, by_rank, rejected
 
-WORTH_SAYING = 0.1
-"""Share of steps from which on a rejected worker is named at the end."""
+WORTH_NAMING = 0.1
+"""A worker that was rejected in at least this share of the steps is named in the end message."""
 
 
 class ByzantineMonitor(Monitor):
-    """Logs what ``ByzantineStrategy`` makes of each rank, and names the rank that it keeps rejecting.
+    """Log how ``ByzantineStrategy`` treats the gradient of each rank, and name the rank that it keeps rejecting.
 
-    For each rank, or micro-batch where these are the workers,
+    Workers are the ranks, ``rank_0`` and so on, or the micro-batches of one device, ``micro_batch_0`` and so on.
 
-    - ``byzantine/weight/rank_3``, its share in the last gradient, for rules that have weights,
-    - ``byzantine/distance/rank_3`` of what it sent from the gradient that was used,
-    - ``byzantine/rejected/rank_3``, the share of the last ``horizon`` steps in which it was rejected,
+    .. list-table::
+        :header-rows: 1
 
-    and ``byzantine/num_rejected``, how many were in the last step. Rejected is whose gradient was dropped as not finite
-    or far too long, or got less than a tenth of the median weight; or, for rules without weights and such as Krum that
-    give most workers none, whose distance is more than three times the median. For these, only the steps before a look
-    count, because distances are taken there alone.
+        * - key
+          - meaning
+        * - ``byzantine/weight/<worker>``
+          - its share in the last gradient; NaN for rules without weights
+        * - ``byzantine/distance/<worker>``
+          - distance of its gradient from the gradient that was used
+        * - ``byzantine/rejected/<worker>``
+          - share of the last ``horizon`` steps in which it was rejected
+        * - ``byzantine/num_rejected``
+          - workers that were rejected in the last step
 
-    A rank that lately is rejected in ``alarm_share`` of the steps, and at least twice as often as the median rank, is
-    named once, with its host. With another strategy there is nothing to see, and NaN is logged.
+    A worker is rejected if its gradient was dropped as not finite or far too long, or got less than a tenth of the
+    median weight. For rules without weights, and for rules such as Krum that give most workers none, it is rejected if
+    its distance is more than three times the median; then only the steps before a look count, because distances are
+    measured there alone.
 
-    Cost: distances take one pass over the gradients before each look, and an exchange of n numbers; the rest is known.
-    Training is not changed, to the last bit.
+    A rank that was rejected in ``alarm_share`` of the last ``horizon`` steps, and at least twice as often as the median
+    rank, is named once in a warning, with its host. Other strategies report nothing, and NaN is logged.
+
+    Cost: distances take one pass over the gradients before each look, and an exchange of n numbers; the rest costs
+    nothing. Training is not changed, to the last bit.
 
     Args:
         every_n_steps: Look after so many optimizer steps; by default after every 50.
         every_n_epochs: Look after so many epochs; instead of ``every_n_steps``.
         alarm_share: Share of steps from which on a rank is named; null never does.
-        horizon: How many steps back "lately" goes.
+        horizon: Number of last steps over which rejections are counted.
         max_overhead: Largest share of the training time for looking, which the interval is stretched to keep; null
             never stretches it.
 
@@ -72,65 +83,55 @@ class ByzantineMonitor(Monitor):
         horizon: int = 50,
         max_overhead: float | None = 0.01,
     ) -> None:
-        steps = 50 if every_n_steps is None and every_n_epochs is None else every_n_steps
-        super().__init__(steps, every_n_epochs, max_overhead)
+        super().__init__(every_n_steps, every_n_epochs, max_overhead, default_every_n_steps=50)
         fits = alarm_share is None or 0 < alarm_share <= 1
         expect(fits, "alarm_share", "in (0, 1]", alarm_share, "null never names a rank.")
         expect(horizon >= 1, "horizon", "at least 1", horizon, "50 is the default.")
         self.alarm_share, self.horizon = alarm_share, horizon
-        self._interval = (steps, every_n_epochs)
         self.hosts: list[str] = []
         self._unit = "rank"
-        self._forget()
+        self.reset()
 
-    def _forget(self) -> None:
+    def reset(self) -> None:
+        """Clear all counts."""
         self.tally = RejectionTally(self.horizon)
         self.named: list[int] = []
         self._last: list[float] = []
-        self._seen: dict[int, int] = {}
+        self._seen: dict[int, int] = {}  # by optimizer, the last step that was counted
 
-    @property
-    def state_key(self) -> str:
-        """Tells instances with different settings apart in a checkpoint."""
-        return self._generate_state_key(
-            interval=list(self._interval), alarm_share=self.alarm_share, horizon=self.horizon
-        )
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier training, unless this one goes on from its checkpoint."""
-        restored = self._restored
-        super().on_fit_start(trainer, pl_module)
-        if not restored:
-            self._forget()
+    def identity(self) -> dict[str, Any]:
+        """Return interval, alarm and horizon."""
+        alarm = {"alarm_share": self.alarm_share, "horizon": self.horizon}
+        return {**super().identity(), **alarm}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn the names of the hosts; then look for the first time."""
-        self.hosts = _hosts(trainer)
+        """Gather the names of the hosts; then look for the first time."""
+        self.hosts = gather_texts(trainer, socket.gethostname())
         self._unit = "rank" if trainer.world_size > 1 else "micro_batch"
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ask for distances in a step that is looked at."""
-        if _reports(trainer) is None:
-            return
+        """Request distances in a step that is followed by a look."""
+        strategy = trainer.strategy
         is_due = self.schedule.is_due(self._count(trainer) + 1)
-        strategy: Any = trainer.strategy
-        strategy.measures_distances |= is_due and (self.unit == "step" or trainer.is_last_batch)
+        wanted = is_due and (self.unit == "step" or trainer.is_last_batch)
+        # Never withdrawn here: another monitor may have requested them for the same step.
+        if wanted and isinstance(strategy, ReportsAggregation):
+            strategy.request_distances(True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Count whom the rule rejected; look, if it is time to."""
+        """Count the workers that the rule rejected; look, if it is time to."""
         self._count_rejections(trainer)
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
-        if _reports(trainer) is not None:
-            strategy: Any = trainer.strategy
-            strategy.measures_distances = False
+        if isinstance(trainer.strategy, ReportsAggregation):
+            trainer.strategy.request_distances(False)
 
     def _count_rejections(self, trainer: Trainer) -> None:
-        for index, report in enumerate(_reports(trainer) or []):
+        for index, report in enumerate(_reports(trainer)):
             if report.step is None or self._seen.get(index) == report.step:
                 continue  # a batch without a step
             self._seen[index] = report.step
@@ -151,8 +152,8 @@ class ByzantineMonitor(Monitor):
                 )
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
-        """Take what the strategy knows of its last step."""
-        report = next((r for r in _reports(trainer) or [] if r.step is not None), None)
+        """Read the report of the strategy on its last step."""
+        report = next((r for r in _reports(trainer) if r.step is not None), None)
         units = _num_units(trainer, report)
         weights = _of_units(None if report is None else report.weights, units)
         values: dict[str, float] = {"num_rejected": sum(self._last) if self._last else math.nan}
@@ -166,10 +167,10 @@ class ByzantineMonitor(Monitor):
                 values[f"{name}/{self._unit}_{worker}"] = number
         return {f"byzantine/{name}": value for name, value in values.items()}
 
-    def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Whom it watches."""
-        if _reports(trainer) is None:
-            return f"nothing to see with {type(trainer.strategy).__name__}; use ByzantineStrategy"
+    def describe_start(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Return what is watched."""
+        if not isinstance(trainer.strategy, ReportsAggregation):
+            return f"nothing to watch with {type(trainer.strategy).__name__}; use ByzantineStrategy"
         alarm = ""
         if self.alarm_share is not None:
             alarm = (
@@ -177,17 +178,17 @@ class ByzantineMonitor(Monitor):
             )
         return f"weight, distance and rejections of each {self._unit.replace('_', '-')}{alarm}"
 
-    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Who was rejected, and how often."""
+    def describe_end(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Return which workers were rejected, and how often."""
         shares = self.tally.shares()
         worst = sorted(range(len(shares)), key=lambda worker: -shares[worker])
-        often = [worker for worker in worst if shares[worker] >= WORTH_SAYING]
+        often = [worker for worker in worst if shares[worker] >= WORTH_NAMING]
         if not shares:
-            return "in no step could it be known whether a worker was rejected."
+            return "no step showed whether a worker was rejected."
         if not often:
-            return f"in {self.tally.num_steps} steps nobody was rejected in more than {_percent(shares[worst[0]])}."
+            return f"in {self.tally.num_steps} steps no worker was rejected in more than {_percent(shares[worst[0]])}."
         said = [f"{self._name(w)} was rejected in {_percent(shares[w])} of steps" for w in often]
-        return f"{', '.join(said)}, of {self.tally.num_steps} in which it could be known."
+        return f"{', '.join(said)}, of the {self.tally.num_steps} that show it."
 
     def _name(self, worker: int) -> str:
         if self._unit != "rank":
@@ -195,30 +196,30 @@ class ByzantineMonitor(Monitor):
         return f"rank {worker} on host {self.hosts[worker]}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Who was rejected so far, and when to look next."""
+        """Return the counts, and the state of the schedule."""
         return {**super().state_dict(), "tally": asdict(self.tally), "named": list(self.named)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         self.tally = RejectionTally(**state_dict["tally"])
         self.named = list(state_dict["named"])
 
 
-def _reports(trainer: Trainer) -> list[Any] | None:
-    """What a strategy says of its last step, by optimizer; ``None`` if it says nothing."""
-    reports: list[Any] | None = getattr(trainer.strategy, "reports", None)
-    return reports
+def _reports(trainer: Trainer) -> Sequence[StepReport]:
+    """Return the reports of the last step, by optimizer; none if the strategy makes none."""
+    strategy = trainer.strategy
+    return strategy.reports if isinstance(strategy, ReportsAggregation) else ()
 
 
-def _num_units(trainer: Trainer, report: Any) -> int:
-    """Ranks; or micro-batches on one device."""
+def _num_units(trainer: Trainer, report: StepReport | None) -> int:
+    """Return the number of ranks, or of micro-batches on one device."""
     if trainer.world_size == 1 and report is not None:
-        return int(report.num_workers)
+        return report.num_workers
     return trainer.world_size
 
 
-def _per_unit(report: Any, num_units: int) -> float:
+def _per_unit(report: StepReport | None, num_units: int) -> float:
     return 1.0 if report is None else report.num_workers / num_units
 
 
@@ -228,11 +229,3 @@ def _of_units(values: Tensor | None, num_units: int) -> list[float]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _hosts(trainer: Trainer) -> list[str]:
-    """Of every rank."""
-    names: list[Any] = [socket.gethostname()] * trainer.world_size
-    if trainer.world_size > 1:
-        dist.all_gather_object(names, socket.gethostname())
-    return names

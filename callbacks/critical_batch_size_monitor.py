@@ -1,8 +1,9 @@
-"""Watches the noise scale of gradients, and says whether a larger batch would pay."""
+"""Monitor the noise scale of gradients, and recommend a batch size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,10 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sgd._validation import expect
-from lightning_sgd.callbacks._batch_size_advice import advice, describe_scale
-from lightning_sgd.callbacks._batch_size_figure import STEM, draw_batch_sizes
 from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector, GradientSource
 from lightning_sgd.callbacks._monitoring.gradient_monitor import GradientMonitor
+from lightning_sgd.callbacks._monitoring.history import TimeSeries
 from lightning_sgd.data.effective_batch import effective_batch_size
 from lightning_sgd.functional.noise.gradient_sample import GradientSample
 from lightning_sgd.functional.noise.noise_scale import (
@@ -21,27 +21,44 @@ from lightning_sgd.functional.noise.noise_scale import (
     NoiseScale,
     gradient_noise,
     noise_scale,
+    power_of_two,
+    steps_ratio,
     total_noise,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 
 
 class CriticalBatchSizeMonitor(GradientMonitor):
-    r"""Logs the batch size at which noise and signal in the gradients are equal, and recommends one at the end.
+    r"""Log the batch size at which noise and signal in the gradients are equal, and recommend one at the end.
 
-    At the weights as they are, several gradients :math:`g_i` of b samples each are taken. Products of two of them have
-    the mean :math:`\|G\|^2`, their squares :math:`\|G\|^2 + \mathrm{Tr}(\Sigma)/b`. Logged are
+    Several gradients :math:`g_i` of b samples each are taken at the current weights. Products of two of them have the
+    mean :math:`\|G\|^2`, their squares :math:`\|G\|^2 + \mathrm{Tr}(\Sigma)/b`.
 
-    - ``critical_batch_size/noise_scale``: :math:`\mathrm{Tr}(\Sigma)/\|G\|^2`, in samples, from sums over the last
-      ``window`` looks; infinite where no gradient is seen in the noise,
-    - ``critical_batch_size/low`` and ``critical_batch_size/high``: two standard errors on both sides,
-    - ``critical_batch_size/noise_trace`` and ``critical_batch_size/gradient_sq``: Tr(Σ) and ‖G‖² of this look.
+    .. list-table::
+        :header-rows: 1
+
+        * - key
+          - meaning
+        * - ``critical_batch_size/noise_scale``
+          - :math:`\mathrm{Tr}(\Sigma)/\|G\|^2` in samples, from sums over the last ``window`` looks; infinite where no
+            gradient is seen in the noise
+        * - ``critical_batch_size/low``, ``critical_batch_size/high``
+          - the noise scale less and plus two standard errors
+        * - ``critical_batch_size/noise_trace``
+          - Tr(Σ) at this look
+        * - ``critical_batch_size/gradient_sq``
+          - ‖G‖² at this look
+        * - ``critical_batch_size/noise_scale/<parameter>``
+          - noise scale of one parameter, with ``log_layers``
 
     Batches far below the noise scale may be doubled for nearly half the steps; far above it, doubling saves nothing.
-    The line at the end compares the batch of a step with it, recommends the nearest power of two, and says what that
-    does to steps, samples and the learning rate. A figure shows the same.
+    The end message compares the batch of a step with the noise scale, recommends the nearest power of two, and says
+    what that does to steps, samples and the learning rate. A figure shows the same.
 
     Cost: ``num_batches`` forward and backward passes per look, shared out over the ranks, as far as ``max_overhead``
     allows, or none, with another ``source``; memory for ``num_batches`` sketches. Training is not changed, to the last
@@ -63,7 +80,7 @@ class CriticalBatchSizeMonitor(GradientMonitor):
             never stretches it.
         save_figure: Save a figure in the log folder at the end, and hand it to loggers that take figures; needs the
             extra ``report``.
-        source: Where the gradients come from: ``extra`` are passes over batches of its own; ``microbatches`` are the
+        source: Where the gradients come from: ``extra`` are passes over extra batches; ``microbatches`` are the
             ``accumulate_grad_batches`` gradients of one step on all ranks, ``ranks`` the gradient of each rank in one
             step. The last two cost no pass.
 
@@ -88,11 +105,8 @@ class CriticalBatchSizeMonitor(GradientMonitor):
         "critical_batch_size/gradient_sq",
         "critical_batch_size/noise_scale/*",
     )
-
-    times: list[int]
-    values: dict[str, list[float]]
-    batch_of_step: int | None
-    _looks: dict[str, list[GradientNoise]]
+    figure_stem, figure_key = "critical_batch_size", "critical_batch_size/figure"
+    headline = "noise_scale"
 
     def __init__(
         self,
@@ -110,23 +124,16 @@ class CriticalBatchSizeMonitor(GradientMonitor):
         save_figure: bool = True,
         source: GradientSource = "extra",
     ) -> None:
-        steps = 100 if every_n_steps is None and every_n_epochs is None else every_n_steps
-        super().__init__(steps, every_n_epochs, max_overhead)
-        remedy = "Noise is in differences between gradients; the default is 16."
+        remedy = "Noise is measured by differences between gradients; the default is 16."
         expect(num_batches >= 2, "num_batches", "at least 2", num_batches, remedy)
         expect(window >= 1, "window", "at least 1", window, "The default is 10.")
-        self.collector = GradientCollector(
+        collector = GradientCollector(
             num_batches, num_coordinates, batch_size, train_mode, loss_fn, seed, source, sketch=True
         )
-        self.log_layers, self.window, self.save_figure = log_layers, window, save_figure
-        self._interval = (steps, every_n_epochs)
-        self._forget()
-
-    @property
-    def state_key(self) -> str:
-        """Tells instances with different settings apart in a checkpoint."""
-        settings = {**self._settings_of_collector(), "window": self.window}
-        return self._generate_state_key(**settings, interval=list(self._interval))
+        self.window = window
+        super().__init__(
+            collector, every_n_steps, every_n_epochs, max_overhead, 100, log_layers, save_figure
+        )
 
     @property
     def noise_scale(self) -> NoiseScale | None:
@@ -134,43 +141,45 @@ class CriticalBatchSizeMonitor(GradientMonitor):
         looks = self._looks.get("")
         return noise_scale(total_noise(looks)) if looks else None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Share the gradients with other monitors."""
-        if not self._restored:
-            self._forget()
-        super().on_fit_start(trainer, pl_module)
+    def reset(self) -> None:
+        """Clear what was found."""
+        super().reset()
+        self.batch_of_step: int | None = None
+        self._looks: dict[str, list[GradientNoise]] = {}  # by parameter; "" for all of them
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings of the sample, the window and the interval."""
+        settings = super().identity()
+        interval = settings.pop("interval")
+        return {**settings, "window": self.window, "interval": interval}
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
-        """Collect gradients, and measure noise and signal in them."""
+        """Collect gradients, and measure their noise and signal."""
         sample = self.collector.sample(trainer, pl_module)
         if sample is None or len(sample.rows) < 2:
             return {}
         self.batch_of_step = _batch_of_step(trainer)
-        values = self._note(sample)
+        values = self._record(sample)
         for name, part in sample.layers.items() if self.log_layers else ():
             noise = gradient_noise(sample.rows[:, part], sample.batch_size)
-            values[f"noise_scale/{name}"] = self._add(name, noise).value
+            values[f"noise_scale/{name}"] = self._windowed(name, noise).value
         return {f"critical_batch_size/{name}": value for name, value in values.items()}
 
-    def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """How many gradients, or why none."""
-        obstacle = self.collector.obstacle(trainer, pl_module)
-        if obstacle is not None:
-            return f"nothing can be measured, because {obstacle}"
-        return f"noise scale from {self.collector.describe(trainer, pl_module)}"
+    def describe_sample(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Return how many gradients are collected."""
+        return f"noise scale from {super().describe_sample(trainer, pl_module)}"
 
-    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """The noise scale, and what batch size follows from it; saves the figure."""
+    def describe_findings(self) -> str:
+        """Return the noise scale, and the batch size that follows from it."""
         scale = self.noise_scale
-        if scale is None:
-            return "no gradient noise was measured."
-        times = self.times[-self.window :]
-        series = self.values["noise_scale"] if self.save_figure else []
-        figure = self._save_figure(trainer, series, STEM, "critical_batch_size/figure")
-        return f"{describe_scale(scale, times)}{advice(scale, self.batch_of_step)}{figure}"
+        assert scale is not None  # there is a measurement
+        when = self.times[-self.window :]
+        return (
+            f"{describe_noise_scale(scale, when)}{recommend_batch_size(scale, self.batch_of_step)}"
+        )
 
     def plot(self) -> Figure:
-        """Noise scale over time, and what a batch size costs in steps and in samples.
+        """Draw the noise scale over time, and the price of a batch size in steps and in samples.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -178,33 +187,26 @@ class CriticalBatchSizeMonitor(GradientMonitor):
         return draw_batch_sizes(self.times, self.values, self.batch_of_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found, and when to look next."""
+        """Return what was found, and the state of the schedule."""
         looks = {name: [list(astuple(look)) for look in of] for name, of in self._looks.items()}
         return {
             **super().state_dict(),
+            **self.history.state_dict(),
             "looks": looks,
-            "times": list(self.times),
-            "values": {name: list(series) for name, series in self.values.items()},
             "batch_of_step": self.batch_of_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what was found."""
+        """Restore :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         looks = state_dict["looks"].items()
         self._looks = {name: [GradientNoise(*look) for look in of] for name, of in looks}
-        self.times = list(state_dict["times"])
-        self.values = {name: list(series) for name, series in state_dict["values"].items()}
+        self.history = TimeSeries.from_state(state_dict)
         self.batch_of_step = state_dict["batch_of_step"]
 
-    def _forget(self) -> None:
-        self.times, self.values = [], {}
-        self.batch_of_step, self._looks = None, {}
-
-    def _note(self, sample: GradientSample) -> dict[str, float]:
-        """Enter what was found into the history."""
+    def _record(self, sample: GradientSample) -> dict[str, float]:
         noise = gradient_noise(sample.rows, sample.batch_size)
-        scale = self._add("", noise)
+        scale = self._windowed("", noise)
         values = {
             "noise_scale": scale.value,
             "low": scale.low,
@@ -212,13 +214,11 @@ class CriticalBatchSizeMonitor(GradientMonitor):
             "noise_trace": noise.trace,
             "gradient_sq": noise.gradient_sq,
         }
-        self.times.append(sample.step)
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value)
+        self.history.add(sample.step, values)
         return values
 
-    def _add(self, name: str, noise: GradientNoise) -> NoiseScale:
-        """The noise scale of the last looks, this one included; of all parameters or of one."""
+    def _windowed(self, name: str, noise: GradientNoise) -> NoiseScale:
+        """Return the noise scale of the last looks, this one included, of one parameter or of all."""
         looks = self._looks.setdefault(name, [])
         looks.append(noise)
         del looks[: -self.window]
@@ -226,8 +226,103 @@ class CriticalBatchSizeMonitor(GradientMonitor):
 
 
 def _batch_of_step(trainer: Trainer) -> int | None:
-    """Samples of one optimizer step; ``None`` with several loaders, or one that does not tell."""
+    """Return the samples of an optimizer step; ``None`` with several loaders, or if the loader does not tell."""
     try:
         return effective_batch_size(trainer)
     except ValueError:
         return None
+
+
+def describe_noise_scale(scale: NoiseScale, times: Sequence[int]) -> str:
+    """Return the noise scale with its interval, and the optimizer steps at which it was measured."""
+    when = f"at step {times[-1]}" if len(times) == 1 else f"over steps {times[0]} to {times[-1]}"
+    if math.isinf(scale.high):
+        value = "" if math.isinf(scale.value) else f" {scale.value:.3g} samples,"
+        return f"noise scale{value} {when}, above {scale.low:.3g} for certain"
+    return f"noise scale {scale.value:.3g} samples (between {scale.low:.3g} and {scale.high:.3g}) {when}"
+
+
+def recommend_batch_size(scale: NoiseScale, batch_size: int | None) -> str:
+    """Return whether another batch size would pay, and which; continues :func:`describe_noise_scale`.
+
+    Args:
+        scale: The noise scale over the last looks.
+        batch_size: Samples of a step; ``None`` where that is not known.
+
+    Example:
+        >>> recommend_batch_size(NoiseScale(100.0, 80.0, 130.0), batch_size=100).split(":")[0]
+        ', about the 100 of a step, which is a good compromise'
+        >>> recommend_batch_size(NoiseScale(math.nan, 0.0, math.inf), batch_size=100)
+        '. Nothing follows from that.'
+    """
+    if batch_size is None or math.isnan(scale.value):
+        return (
+            ". Nothing follows from that." if batch_size else ". Batches up to about that size pay."
+        )
+    if scale.low <= batch_size <= scale.high:
+        doubled = _price(scale, batch_size, 2 * batch_size, "twice the batch")
+        return f", about the {batch_size} of a step, which is a good compromise: {doubled}."
+    if batch_size < scale.low:
+        wanted = scale.low if math.isinf(scale.value) else scale.value
+        best = max(power_of_two(wanted), 2 * batch_size)
+        price = _price(scale, batch_size, best, f"{best} samples in a step")
+        return f", above the {batch_size} of a step: a larger batch pays. {price.capitalize()}."
+    best = min(power_of_two(scale.value), max(batch_size // 2, 1))
+    price = _price(scale, batch_size, best, f"{best} samples in a step")
+    return (
+        f", below the {batch_size} of a step: a larger batch would not pay. {price.capitalize()}."
+    )
+
+
+def _price(scale: NoiseScale, batch_size: int, other: int, name: str) -> str:
+    steps = steps_ratio(scale.value, batch_size, other)
+    return (
+        f"{name} would take {steps:.2g} times the steps and {steps * other / batch_size:.2g} times the samples, at a "
+        f"learning rate up to {1 / steps:.2g} times today's"
+    )
+
+
+def draw_batch_sizes(
+    times: Sequence[int], values: Mapping[str, Sequence[float]], batch_size: int | None
+) -> Figure:
+    """Draw two panels: the noise scale over steps, and the price of a batch size in steps and in samples.
+
+    Args:
+        times: Optimizer steps of the looks.
+        values: ``noise_scale``, ``low`` and ``high``, one number for each of ``times``.
+        batch_size: Samples of a step; ``None`` where that is not known.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    found = [value for value in values.get("noise_scale", ()) if 0 < value < math.inf]
+    if found:
+        _draw_times(left, times, values, max(found))
+        _draw_price(right, found[-1], batch_size)
+    if batch_size is not None:
+        left.axhline(batch_size, color=GREY, linestyle=":", label="batch of a step")
+    left.set(xlabel="optimizer step", ylabel="samples", yscale="log", title="noise scale")
+    if left.lines:
+        left.legend(fontsize="small", loc="upper right")
+    return figure
+
+
+def _draw_times(
+    axes: Axes, times: Sequence[int], values: Mapping[str, Sequence[float]], largest: float
+) -> None:
+    low, high = ([min(max(v, 0.1), 100 * largest) for v in values[key]] for key in ("low", "high"))
+    axes.fill_between(list(times), low, high, color=BLUE, alpha=0.15, label="two standard errors")
+    shown = [value if 0 < value < math.inf else math.nan for value in values["noise_scale"]]
+    axes.plot(times, shown, "o-", color=BLUE, markersize=3)
+
+
+def _draw_price(axes: Axes, scale: float, batch_size: int | None) -> None:
+    sizes = [scale * 2 ** (k / 4) for k in range(-20, 21)]
+    axes.loglog(sizes, [1 + scale / size for size in sizes], color=BLUE, label="steps")
+    axes.loglog(sizes, [1 + size / scale for size in sizes], color=ORANGE, label="samples")
+    axes.axvline(scale, color=BLUE, linewidth=0.8, linestyle="--")
+    if batch_size is not None:
+        axes.axvline(batch_size, color=GREY, linestyle=":")
+    axes.set(xlabel="batch size", ylabel="times the least", title="price, after the last look")
+    axes.legend(fontsize="small", loc="upper center")

@@ -1,4 +1,4 @@
-"""Measures what compressing the gradients would cost, while they are still exact."""
+"""Monitor the error that compressing the gradients would make."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_sgd._distributed import reduce_mean
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._monitoring.monitor import Monitor
 from lightning_sgd.functional.step_size.biased_sgd import BiasedSGDProblem
@@ -27,19 +27,28 @@ from lightning_sgd.functional.step_size.compression import (
 
 
 class GradientErrorMonitor(Monitor):
-    r"""Logs the error that a compressor makes on the gradients of this training, and the error model that covers it.
+    r"""Log the error that a compressor makes on the gradients of this training, and an error model that covers it.
 
-    After a step, the gradient :math:`u` that made it, reduced over ranks, accumulated, unscaled and clipped, is
-    compressed, and with :math:`e = C(u) - u` are logged
+    After an optimizer step, the gradient :math:`u` that it used, reduced over ranks, accumulated, unscaled and clipped,
+    is compressed to :math:`C(u)`. The error is :math:`e = C(u) - u`.
 
-    - ``gradient_error/relative``: ‖e‖/‖u‖,
-    - ``gradient_error/cosine`` of the angle between u and C(u),
-    - ``gradient_error/delta`` and ``gradient_error/c``: a model ‖e‖² ≤ δ²‖u‖² + c² of the last measurements,
-    - ``gradient_error/floor``, with ``problem``: the squared distance below which no step is certain to lead.
+    .. list-table::
+        :header-rows: 1
 
-    Every parameter's gradient is compressed on its own. The gradients that training uses stay as they are: the monitor
-    says whether one could compress, and what :class:`~lightning_sgd.BiasedSGDLR` should reckon with. At the first look
-    there is no gradient yet and nothing is logged, nor in manual optimization that zeroes gradients right after a step.
+        * - key
+          - meaning
+        * - ``gradient_error/relative``
+          - ‖e‖/‖u‖
+        * - ``gradient_error/cosine``
+          - cosine of the angle between u and C(u)
+        * - ``gradient_error/delta``, ``gradient_error/c``
+          - δ and c of a model ‖e‖² ≤ δ²‖u‖² + c² of the last measurements
+        * - ``gradient_error/floor``
+          - with ``problem``: the squared distance to the optimum below which no step size is certain to lead
+
+    Every parameter's gradient is compressed on its own. Training uses the exact gradients: the monitor shows whether
+    one could compress, and which errors :class:`~lightning_sgd.BiasedSGDLR` should allow for. At the first look there
+    is no gradient yet and nothing is logged, nor in manual optimization that zeroes gradients right after a step.
 
     Cost: one copy of the largest gradient and a few passes over all of them; one all-reduce of three numbers. Training
     is not changed, to the last bit.
@@ -87,38 +96,36 @@ class GradientErrorMonitor(Monitor):
         every_n_epochs: int | None = None,
         max_overhead: float | None = 0.01,
     ) -> None:
-        steps = 50 if every_n_steps is None and every_n_epochs is None else every_n_steps
-        super().__init__(steps, every_n_epochs, max_overhead)
+        super().__init__(every_n_steps, every_n_epochs, max_overhead, default_every_n_steps=50)
         expect(0 < quantile <= 1, "quantile", "in (0, 1]", quantile, "Use 1 to cover all.")
         expect(window >= 1, "window", "at least 1", window, "Try 100.")
         if not callable(compressor):
             find_compressor(compressor, topk_fraction)
         self.compressor, self.topk_fraction = compressor, topk_fraction
         self.problem, self.quantile, self.window = problem, quantile, window
-        self._interval = (steps, every_n_epochs)
+        self.reset()
+
+    def reset(self) -> None:
+        """Clear the measurements."""
         self.grad_sq: list[float] = []
         self.err_sq: list[float] = []
         self.last_cosine, self.num_overflows = 1.0, 0
 
-    @property
-    def state_key(self) -> str:
-        """Tells instances with different settings apart in a checkpoint."""
-        return self._generate_state_key(
-            compressor=self._name, topk_fraction=self.topk_fraction, interval=list(self._interval)
-        )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier training; then look for the first time."""
-        if trainer.global_step == 0:
-            self._forget()
-        super().on_train_start(trainer, pl_module)
+    def identity(self) -> dict[str, Any]:
+        """Return the compressor and the interval."""
+        compressor = {"compressor": self._name, "topk_fraction": self.topk_fraction}
+        return {**compressor, **super().identity()}
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
         """Compress copies of the gradients, and fit the model."""
         compress = self.compressor
         if not callable(compress):
             compress = find_compressor(compress, self.topk_fraction)
-        sums = _mean_over_ranks(trainer, compression_sums(_gradients(pl_module), compress))
+        found = compression_sums(_gradients(pl_module), compress)
+        if trainer.world_size > 1:  # else it stays on the CPU: MPS has no float64
+            found = found.to(trainer.strategy.root_device)
+        # Ratios of the means are right for replicas and for shards alike; absolute values are those of a replica.
+        sums = reduce_mean(found, trainer.world_size).tolist()
         if sums[0] == 0:
             return {}
         if not all(map(math.isfinite, sums)):
@@ -131,33 +138,33 @@ class GradientErrorMonitor(Monitor):
         return {f"gradient_error/{name}": value for name, value in values.items()}
 
     def error_model(self) -> tuple[float, float] | None:
-        """The pair (δ, c) that covers the last measurements; ``None`` before the first."""
+        """Return the pair (δ, c) that covers the last measurements; ``None`` before the first."""
         if not self.grad_sq:
             return None
         return fit_error_model(self.grad_sq, self.err_sq, self.problem, self.quantile)
 
-    def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Which compressor, on how much."""
+    def describe_start(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Return the compressor and the number of parameters."""
         num = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         return f"error of {self._name} on the gradients of {num} parameters"
 
-    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """The model, and what follows from it."""
+    def describe_end(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Return the error model, and what follows from it."""
         model = self.error_model()
         overflows = f" {self.num_overflows} gradients had overflowed." if self.num_overflows else ""
         if model is None:
-            return f"no gradient was there to look at.{overflows}"
+            return f"no gradient was measured.{overflows}"
         found = (
             f"{self._name} leaves a relative error of {model[0]:.4g} and an absolute error of {model[1]:.4g} on the "
-            f"last {len(self.grad_sq)} gradients looked at, cosine {self.last_cosine:.6f} on the last one.{overflows}"
+            f"last {len(self.grad_sq)} gradients measured, cosine {self.last_cosine:.6f} on the last one.{overflows}"
         )
         if self.problem is None:
             return found
         floor = biased_sgd_floor(self.problem, *model)
-        return f"{found} Plain SGD is certain to come to a squared distance of {floor:.4g}."
+        return f"{found} Plain SGD is certain to come within a squared distance of {floor:.4g}."
 
     def state_dict(self) -> dict[str, Any]:
-        """The last measurements, and when to look next."""
+        """Return the last measurements, and the state of the schedule."""
         return {
             **super().state_dict(),
             "grad_sq": list(self.grad_sq),
@@ -167,7 +174,7 @@ class GradientErrorMonitor(Monitor):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the last measurements."""
+        """Restore :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         self.grad_sq, self.err_sq = list(state_dict["grad_sq"]), list(state_dict["err_sq"])
         self.last_cosine = state_dict["last_cosine"]
@@ -178,10 +185,6 @@ class GradientErrorMonitor(Monitor):
         if not callable(self.compressor):
             return str(self.compressor)
         return getattr(self.compressor, "__qualname__", type(self.compressor).__qualname__)
-
-    def _forget(self) -> None:
-        self.grad_sq, self.err_sq = [], []
-        self.last_cosine, self.num_overflows = 1.0, 0
 
     def _model(self) -> dict[str, float]:
         model = self.error_model()
@@ -196,12 +199,3 @@ def _gradients(module: LightningModule) -> Iterator[Tensor]:
     for param in module.parameters():
         if param.grad is not None and param.grad.numel():
             yield param.grad
-
-
-def _mean_over_ranks(trainer: Trainer, sums: Tensor) -> list[float]:
-    """Ratios of these are right for replicas and for shards alike; absolute values are those of a replica."""
-    if trainer.world_size > 1:
-        sums = sums.to(trainer.strategy.root_device)
-        dist.all_reduce(sums)
-        sums = sums / trainer.world_size
-    return sums.tolist()

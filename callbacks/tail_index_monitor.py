@@ -1,8 +1,8 @@
-"""Watches how heavy-tailed the noise of the gradients is."""
+"""Monitor how heavy-tailed the noise of the gradients is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,35 +12,53 @@ from torch import Tensor
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector, GradientSource
 from lightning_sgd.callbacks._monitoring.gradient_monitor import GradientMonitor
-from lightning_sgd.callbacks._tail_index_figure import CURVES, STEM, draw_tail_index
+from lightning_sgd.callbacks._monitoring.history import TimeSeries
 from lightning_sgd.functional.noise.gradient_tail_index import (
     GradientTailIndex,
     gradient_tail_index,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-QUANTITIES = tuple(CURVES)
+CURVES = {
+    "coordinate": ("by coordinate", "#0072B2", "o-"),
+    "pooled": ("pooled, as in the paper", "#D55E00", "s--"),
+    "pooled_shuffled": ("pooled, shuffled", "#555555", "^:"),
+}
+"""By quantity: its label, colour and line in the figure."""
 
 
 class TailIndexMonitor(GradientMonitor):
-    r"""Logs the tail index of gradient noise, and what the number is worth.
+    r"""Log the tail index of gradient noise, and checks of whether that number can be trusted.
 
-    At the weights as they are, gradients of batches of its own are taken. If the noise U in them were symmetric
-    α-stable, sums of :math:`K_1` independent entries would be :math:`K_1^{1/\alpha}` times as large as single ones: 2
-    is Gaussian, less is heavier. Logged are
+    Gradients of several batches are taken at the current weights. If their noise were symmetric α-stable, sums of
+    :math:`K_1` independent entries would be :math:`K_1^{1/\alpha}` times as large as single ones. α = 2 is Gaussian;
+    a smaller α has heavier tails.
 
-    - ``tail_index/coordinate``, the index of each coordinate over batches, 1/α averaged over coordinates, and
-      ``tail_index/coordinate_error``, its standard error: the truth about the noise;
-    - ``tail_index/pooled``, the number of the paper: all coordinates of all batches as one sequence. Coordinates differ
-      in scale and depend on each other, so that it is between 1 and 1.5 for Gaussian noise, too;
-    - ``tail_index/pooled_shuffled``, the same with entries in random order. A gap between the two shows dependence, and
-      a value below the first shows unequal scales;
-    - ``tail_index/zero_fraction``, the share of entries that are exactly zero, of dead units for instance.
+    .. list-table::
+        :header-rows: 1
 
-    At the end it says the verdict, ``stable``, ``finite variance`` or ``undecided``, and saves a figure with the
-    stability profile.
+        * - key
+          - meaning
+        * - ``tail_index/coordinate``
+          - index of each coordinate over batches, 1/α averaged over coordinates: the index of the noise
+        * - ``tail_index/coordinate_error``
+          - standard error of the index
+        * - ``tail_index/pooled``
+          - index as in the paper, of all coordinates of all batches as one sequence. Coordinates differ in scale and
+            depend on each other, so that it is between 1 and 1.5 for Gaussian noise, too
+        * - ``tail_index/pooled_shuffled``
+          - the same with entries in random order. A gap to ``pooled`` shows dependence; a value below ``coordinate``
+            shows unequal scales
+        * - ``tail_index/zero_fraction``
+          - share of entries that are exactly zero, as from dead units
+        * - ``tail_index/coordinate/<parameter>``
+          - index of one parameter, with ``log_layers``
+
+    The end message has the verdict ``stable``, ``finite variance`` or ``undecided``. A figure shows the stability
+    profile.
 
     Cost: ``num_batches`` forward and backward passes per look, shared out over the ranks, as far as ``max_overhead``
     allows; memory for ``num_batches`` × ``num_coordinates`` numbers. Training is not changed, to the last bit.
@@ -60,7 +78,7 @@ class TailIndexMonitor(GradientMonitor):
             never stretches it.
         save_figure: Save a figure in the log folder at the end, and hand it to loggers that take figures; needs the
             extra ``report``.
-        source: Where the gradients come from: ``extra`` are passes over batches of its own; ``microbatches`` are the
+        source: Where the gradients come from: ``extra`` are passes over extra batches; ``microbatches`` are the
             ``accumulate_grad_batches`` gradients of one step on all ranks, ``ranks`` the gradient of each rank in one
             step. The last two cost no pass, and have as many gradients as a step has: few tell little.
 
@@ -84,6 +102,7 @@ class TailIndexMonitor(GradientMonitor):
         "tail_index/zero_fraction",
         "tail_index/coordinate/*",
     )
+    figure_stem, figure_key, headline = "tail_index", "tail_index/profile", "pooled"
 
     def __init__(
         self,
@@ -100,95 +119,69 @@ class TailIndexMonitor(GradientMonitor):
         save_figure: bool = True,
         source: GradientSource = "extra",
     ) -> None:
-        steps = 500 if every_n_steps is None and every_n_epochs is None else every_n_steps
-        super().__init__(steps, every_n_epochs, max_overhead)
-        remedy = "Noise is in differences between gradients; the default is 64."
+        remedy = "Noise is measured by differences between gradients; the default is 64."
         expect(num_batches >= 2, "num_batches", "at least 2", num_batches, remedy)
-        self.collector = GradientCollector(
+        collector = GradientCollector(
             num_batches, num_coordinates, batch_size, train_mode, loss_fn, seed, source
         )
-        self.log_layers, self.seed, self.save_figure = log_layers, seed, save_figure
-        self._interval = (steps, every_n_epochs)
-        self.times: list[int] = []
-        self.values: dict[str, list[float]] = {}
+        self.seed = seed
+        super().__init__(
+            collector, every_n_steps, every_n_epochs, max_overhead, 500, log_layers, save_figure
+        )
+
+    def reset(self) -> None:
+        """Clear what was found."""
+        super().reset()
         self.profiles: dict[str, list[float]] = {}
         self.verdict: str = "undecided"
 
-    @property
-    def state_key(self) -> str:
-        """Tells instances with different settings apart in a checkpoint."""
-        settings = self._settings_of_collector()
-        return self._generate_state_key(**settings, interval=list(self._interval))
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Share the gradients with other monitors."""
-        if not self._restored:
-            self._forget()
-        super().on_fit_start(trainer, pl_module)
-
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
-        """Collect gradients, and measure the noise in them."""
+        """Collect gradients, and estimate the tail index of their noise."""
         sample = self.collector.sample(trainer, pl_module)
         if sample is None:
             return {}
         generator = torch.Generator().manual_seed(self.seed)
         found = gradient_tail_index(sample, generator, self.log_layers)
-        values = self._note(sample.step, found)
+        values = self._record(sample.step, found)
         layers = {f"coordinate/{name}": alpha for name, alpha in found.layers.items()}
         values |= layers if self.log_layers else {}
         return {f"tail_index/{name}": value for name, value in values.items()}
 
-    def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """How many gradients of how many coordinates, or why none."""
-        obstacle = self.collector.obstacle(trainer, pl_module)
-        if obstacle is not None:
-            return f"nothing can be measured, because {obstacle}"
-        return self.collector.describe(trainer, pl_module)
-
-    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Index, verdict, and what the pooled number is worth; saves the figure."""
-        if not self.times:
-            return "no gradient noise was measured."
-        last = {name: series[-1] for name, series in self.values.items()}
+    def describe_findings(self) -> str:
+        """Return index and verdict, and how far the pooled index is from them."""
+        last = self.history.latest()
         return (
             f"by coordinate α = {last['coordinate']:.2f} ± {last['coordinate_error']:.2f} at step {self.times[-1]}, "
             f"{self.verdict}; pooled as in the paper {last['pooled']:.2f}, in random order "
             f"{last['pooled_shuffled']:.2f}, which unequal scales and dependence pull towards 1 whatever the tails."
-            f"{self._figure(trainer)}"
         )
 
     def plot(self) -> Figure:
-        """Index over time, and the stability profiles at the last look.
+        """Draw the index over time, and the stability profiles of the last look.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        curves = {name: self.values.get(name, []) for name in QUANTITIES}
+        curves = {name: self.values.get(name, []) for name in CURVES}
         return draw_tail_index(self.times, curves, self.profiles)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found, and when to look next."""
+        """Return what was found, and the state of the schedule."""
         return {
             **super().state_dict(),
-            "times": list(self.times),
-            "values": {name: list(series) for name, series in self.values.items()},
+            **self.history.state_dict(),
             "profiles": {name: list(profile) for name, profile in self.profiles.items()},
             "verdict": self.verdict,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what was found."""
+        """Restore :meth:`state_dict`."""
         super().load_state_dict(state_dict)
-        self.times = list(state_dict["times"])
-        self.values = {name: list(series) for name, series in state_dict["values"].items()}
+        self.history = TimeSeries.from_state(state_dict)
         self.profiles = {name: list(profile) for name, profile in state_dict["profiles"].items()}
         self.verdict = state_dict["verdict"]
 
-    def _forget(self) -> None:
-        self.times, self.values, self.profiles, self.verdict = [], {}, {}, "undecided"
-
-    def _note(self, step: int, found: GradientTailIndex) -> dict[str, float]:
-        """Enter what was found into the history, unless it is there already."""
+    def _record(self, step: int, found: GradientTailIndex) -> dict[str, float]:
         values = {
             "coordinate": found.coordinate.alpha,
             "coordinate_error": found.coordinate.standard_error,
@@ -196,10 +189,7 @@ class TailIndexMonitor(GradientMonitor):
             "pooled_shuffled": found.pooled_shuffled,
             "zero_fraction": found.coordinate.zero_fraction,
         }
-        if self.times[-1:] != [step]:
-            self.times.append(step)
-            for name, value in values.items():
-                self.values.setdefault(name, []).append(value)
+        self.history.add(step, values)
         self.profiles = {
             "coordinate": list(found.coordinate.profile),
             "pooled": list(found.pooled_profile.profile),
@@ -207,6 +197,37 @@ class TailIndexMonitor(GradientMonitor):
         self.verdict = found.coordinate.verdict
         return values
 
-    def _figure(self, trainer: Trainer) -> str:
-        pooled = self.values.get("pooled", []) if self.save_figure else []
-        return self._save_figure(trainer, pooled, STEM, "tail_index/profile")
+
+def draw_tail_index(
+    times: Sequence[int],
+    values: Mapping[str, Sequence[float]],
+    profiles: Mapping[str, Sequence[float]],
+) -> Figure:
+    """Draw two panels: index over steps, and local index over the length of sums.
+
+    Args:
+        times: Optimizer steps of the looks.
+        values: By quantity, one number for each time.
+        profiles: By quantity, the local indices between sums of 1, 2, 4, … samples.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for key, series in values.items():
+        name, color, line = CURVES[key]
+        left.plot(times, series, line, color=color, label=name, markersize=3)
+    for key, profile in profiles.items():
+        name, color, line = CURVES[key]
+        right.plot([2**j for j in range(len(profile))], profile, line, color=color, label=name)
+    left.set(xlabel="optimizer step", ylabel="tail index α", ylim=(0, 3))
+    right.set(xlabel="samples per sum", xscale="log", title="stability profile at the last look")
+    for axes in (left, right):
+        _mark_gaussian(axes)
+    left.legend(fontsize="small", loc="lower left")
+    return figure
+
+
+def _mark_gaussian(axes: Axes) -> None:
+    axes.axhline(2.0, color="#999999", linewidth=0.8)
+    axes.text(0.99, 2.03, "Gaussian", transform=axes.get_yaxis_transform(), ha="right", fontsize=7)

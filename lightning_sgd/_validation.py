@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -82,7 +85,31 @@ def is_finite_at_least(value: float, bound: float) -> bool:
         >>> is_finite_at_least(0.1, 0.0), is_finite_at_least(float("nan"), 0.0)
         (True, False)
     """
-    return math.isfinite(value) and value >= bound
+    try:
+        return math.isfinite(value) and value >= bound
+    except TypeError:  # text or None, from YAML
+        return False
+
+
+def plain_number(value: Any) -> Any:
+    """Turn what a user may give for a number into a number of Python; leave everything else as it is.
+
+    That is a number as text, as YAML reads ``1e-3``, a NumPy scalar, and lists and tuples of these. Checkpoints that
+    are loaded with ``weights_only=True`` take no NumPy scalar.
+
+    Example:
+        >>> plain_number("1e-3"), plain_number(np.float32(0.5)), plain_number(["0.9", 1])
+        (0.001, 0.5, [0.9, 1])
+    """
+    if isinstance(value, str):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    elif isinstance(value, np.generic):
+        return value.item()
+    elif type(value) in (list, tuple):
+        return type(value)(map(plain_number, value))
+    return value
 
 
 def warn_no_effect(message: str) -> None:

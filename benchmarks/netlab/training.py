@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sgd.callbacks._traffic_source import TrafficSource, find_source
+from lightning_sgd.callbacks.communication_monitor.traffic_source import TrafficSource, find_source
 from lightning_sgd.functional.distributed.traffic import Traffic
 
 from .counters import read

@@ -1,1 +1,1 @@
-"""What the monitors share: when to measure, on which gradients, and where the numbers go."""
+"""Mechanisms that monitors share: schedule, gradient samples, histories, figures."""

@@ -1,4 +1,4 @@
-"""Draws batches from the training data, and takes their gradients without a trace."""
+"""Draw batches from the training data, and compute their gradients without side effects."""
 
 from __future__ import annotations
 
@@ -17,16 +17,10 @@ from lightning_sgd.callbacks._monitoring.module_state import module_state_kept
 LossFunction: TypeAlias = Callable[[LightningModule, Any], Tensor]
 
 
-def obstacle_to_own_batches(
+def obstacle_to_extra_batches(
     trainer: Trainer, pl_module: LightningModule, loss_fn: LossFunction | None
 ) -> str | None:
-    """Why no batches can be drawn or nobody knows their loss; ``None`` if all is well.
-
-    Args:
-        trainer: About to train.
-        pl_module: The module.
-        loss_fn: What the user gave.
-    """
+    """Return the reason why batches cannot be drawn or have no known loss; ``None`` if there is none."""
     if loss_fn is None and not pl_module.automatic_optimization:
         return "in manual optimization only `loss_fn` can say what the loss is"
     takes_iterator = is_param_in_hook_signature(
@@ -43,15 +37,11 @@ def obstacle_to_own_batches(
 def draw_batch(
     trainer: Trainer, loader: DataLoader[Any], size: int, generator: torch.Generator
 ) -> Callable[[], Any]:
-    """Draw samples with replacement; the batch itself is made, and moved to the device, when it is called for.
+    """Draw ``size`` samples with replacement, and return a function that loads them to the device.
 
-    Args:
-        trainer: Knows device and precision.
-        loader: Of the training data.
-        size: How many.
-        generator: Draws.
+    Every rank draws every batch, so that all generators stay equal, but loads only its own.
     """
-    length = len(loader.dataset)  # type: ignore[arg-type]  # map-style, see `obstacle_to_own_batches`
+    length = len(loader.dataset)  # type: ignore[arg-type]  # map-style, see `obstacle_to_extra_batches`
     draw = torch.randint(length, (size,), generator=generator).tolist()
     return lambda: to_device(_fetch(loader, draw), trainer)
 
@@ -59,13 +49,9 @@ def draw_batch(
 def gradient_of(
     trainer: Trainer, module: LightningModule, batch: Any, loss_fn: LossFunction | None
 ) -> list[Tensor]:
-    """The gradient of each trained parameter, zero where a parameter is not used.
+    """Compute the gradient of each trained parameter; zero for parameters that the loss does not use.
 
-    Args:
-        trainer: Knows the precision.
-        module: The module.
-        batch: On its device.
-        loss_fn: Instead of ``training_step``.
+    By ``torch.autograd.grad``, which leaves ``.grad`` and the hooks of DDP alone.
     """
     params = [param for param in module.parameters() if param.requires_grad]
     with torch.enable_grad(), trainer.precision_plugin.train_step_context():
@@ -78,12 +64,12 @@ def gradient_of(
 
 
 @contextmanager
-def measuring(module: LightningModule, train_mode: bool) -> Iterator[None]:
-    """Forward passes leave no trace: what changes is put back, and what is logged goes nowhere.
+def side_effect_free(module: LightningModule, train_mode: bool) -> Iterator[None]:
+    """Restore afterwards what forward passes change, and discard what they log.
 
     Args:
         module: The module.
-        train_mode: Whether dropout and batch statistics are as in training, or as in evaluation.
+        train_mode: Whether dropout and batch normalisation behave as in training, or as in evaluation.
     """
     with module_state_kept(module):
         vars(module)["log"] = _log_nothing
@@ -111,18 +97,13 @@ def _training_loss(module: LightningModule, batch: Any) -> Tensor:
 
 
 def _fetch(loader: DataLoader[Any], indices: list[int]) -> Any:
-    """A batch of these samples, as a worker of the loader would make it."""
+    """Load a batch of these samples as a worker of the loader does."""
     dataset: Any = loader.dataset
     whole = getattr(dataset, "__getitems__", None)
     return loader.collate_fn(whole(indices) if whole else [dataset[index] for index in indices])
 
 
 def to_device(batch: Any, trainer: Trainer) -> Any:
-    """A batch in the precision and on the device of the training.
-
-    Args:
-        batch: As the loader makes it.
-        trainer: Knows both.
-    """
+    """Move a batch to the device and the precision of the training."""
     batch = trainer.precision_plugin.convert_input(batch)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

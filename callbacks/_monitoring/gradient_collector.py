@@ -1,4 +1,4 @@
-"""Gathers several gradients at the same weights, once for all monitors that ask for the same."""
+"""Collect several gradients at the same weights, once for all monitors with the same settings."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from lightning_sgd._validation import expect, warn_no_effect
-from lightning_sgd.callbacks._gathering import gather
 from lightning_sgd.callbacks._monitoring.extra_batches import (
     LossFunction,
     draw_batch,
     gradient_of,
-    measuring,
-    obstacle_to_own_batches,
+    obstacle_to_extra_batches,
+    side_effect_free,
 )
-from lightning_sgd.callbacks._monitoring.step_gradients import StepGradients
-from lightning_sgd.callbacks._traffic_source import holds_whole_model
+from lightning_sgd.callbacks._monitoring.step_gradients import StepGradients, gather_interleaved
 from lightning_sgd.functional.noise.gradient_sample import (
     Columns,
     Coordinates,
@@ -27,39 +26,39 @@ from lightning_sgd.functional.noise.gradient_sample import (
 )
 from lightning_sgd.functional.noise.gradient_sketch import CountSketch
 
-__all__ = ["GradientCollector", "GradientSource", "LossFunction"]
+__all__ = ["GradientCollector", "GradientSource", "LossFunction", "holds_whole_model"]
 
 GradientSource: TypeAlias = Literal["extra", "microbatches", "ranks"]
 
 
 class GradientCollector:
-    """Takes gradients of several batches at the weights as they are, the same on all ranks.
+    """Collect gradients of several batches at the current weights, the same sample on all ranks.
 
-    With the source ``extra``, batches of its own are drawn with replacement, by a generator that depends on ``seed``
-    and step alone, so that nothing of it is in a checkpoint. Ranks share the work. Gradients come from
-    ``torch.autograd.grad``: ``.grad``, the hooks of DDP and a GradScaler see nothing of it. Buffers, attributes and
-    metrics of the module are put back, also after an exception; random states are kept by the monitor.
+    With the source ``extra``, extra batches are drawn with replacement, by a generator that is seeded from ``seed`` and
+    the optimizer step, so that a checkpoint needs no state of it. Ranks share the work. Gradients come from
+    ``torch.autograd.grad``, which leaves ``.grad``, the hooks of DDP and a GradScaler alone. Buffers, attributes and
+    metrics of the module are restored, also after an exception; the monitor restores random states.
 
-    The two other sources take no pass of their own. ``microbatches`` are the gradients of the batches that one
-    optimizer step accumulates, on all ranks; ``ranks`` are the gradients of one step that each rank has before they are
-    reduced. They are caught in the backward passes of that step, between :meth:`begin_step` and :meth:`finish_step`.
-    Ranks with weights of their own, as in Local SGD, are caught in steps that all begin with the same weights.
+    The two other sources take no extra pass. ``microbatches`` are the gradients of the batches that one optimizer step
+    accumulates, on all ranks; ``ranks`` are the gradients of one step that each rank has before they are reduced. Both
+    are recorded in the backward passes of that step, between :meth:`begin_step` and :meth:`finish_step`. If ranks have
+    weights of their own, as in Local SGD, only steps that begin with the same weights on all ranks are recorded.
 
     Memory: the sample, this rank's share of it, and with ``extra`` one gradient.
 
     Attributes:
-        settings: What two collectors must have in common to give the same sample.
-        steps: Catches the gradients of training; ``None`` with ``extra``.
+        settings: Two collectors with the same settings give the same sample.
+        steps: Records the gradients of training; ``None`` with ``extra``.
 
     Args:
-        num_gradients: How many, over all ranks [m], with ``extra``; rounded up to the same number on each.
-        num_coordinates: About how many numbers of each to keep [s]; ``None`` for all.
+        num_gradients: Gradients over all ranks [m], with ``extra``; rounded up to the same number on each rank.
+        num_coordinates: About how many numbers to keep of each gradient [s]; ``None`` for all.
         batch_size: Samples per gradient with ``extra``; by default that of the training data loader.
-        train_mode: Whether dropout and batch statistics are as in training, or as in evaluation.
-        loss_fn: Takes module and batch and returns the loss; by default what ``training_step`` returns.
+        train_mode: Whether dropout and batch normalisation behave as in training, or as in evaluation.
+        loss_fn: Function of module and batch that returns the loss; by default what ``training_step`` returns.
         seed: Decides on coordinates and batches.
         source: Where gradients come from.
-        sketch: Keep a sketch, which has the norms of whole gradients, instead of some coordinates.
+        sketch: Keep a sketch, which preserves the norms of whole gradients, instead of some coordinates.
     """
 
     def __init__(
@@ -73,13 +72,13 @@ class GradientCollector:
         source: GradientSource = "extra",
         sketch: bool = False,
     ) -> None:
-        remedy = "Noise is in differences between gradients."
+        remedy = "Noise is measured by differences between gradients."
         expect(num_gradients >= 2, "num_gradients", "at least 2", num_gradients, remedy)
         for name, value in (("num_coordinates", num_coordinates), ("batch_size", batch_size)):
             remedy = "None takes all coordinates, or the batch size of training."
             expect(value is None or value >= 1, name, "at least 1", value, remedy)
         known = get_args(GradientSource)
-        remedy = "The default is 'extra', passes of its own."
+        remedy = "The default is 'extra', extra passes."
         expect(source in known, "source", f"one of {', '.join(known)}", source, remedy)
         self.num_gradients, self.num_coordinates = num_gradients, num_coordinates
         self.batch_size, self.train_mode, self.loss_fn = batch_size, train_mode, loss_fn
@@ -97,79 +96,58 @@ class GradientCollector:
 
     @property
     def takes_passes(self) -> bool:
-        """Whether gradients come from passes of its own, between steps, or else from the steps themselves."""
+        """Whether gradients come from extra passes between steps, rather than from the steps themselves."""
         return self.source == "extra"
 
     def shared(self, trainer: Trainer) -> GradientCollector:
-        """The first collector among the callbacks of a Trainer that has the same settings.
-
-        Args:
-            trainer: Knows the callbacks.
-        """
+        """Return the first collector with the same settings among the callbacks of a Trainer."""
         others = (getattr(callback, "collector", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         mine = self.settings
         same = (c for c in others if isinstance(c, GradientCollector) and c.settings == mine)
         return next(same, self)
 
     def obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        """Why nothing can be collected in this training; ``None`` if something can.
-
-        Args:
-            trainer: About to train.
-            pl_module: The module.
-        """
+        """Return the reason why nothing can be collected in this training; ``None`` if there is none."""
         if not holds_whole_model(trainer):
-            return f"{type(trainer.strategy).__name__} keeps no rank a whole gradient"
+            return f"{type(trainer.strategy).__name__} leaves no rank a whole gradient"
         if self.steps is not None:
             return self.steps.obstacle(trainer, pl_module)
-        obstacle = obstacle_to_own_batches(trainer, pl_module, self.loss_fn)
+        obstacle = obstacle_to_extra_batches(trainer, pl_module, self.loss_fn)
         if obstacle is None and self._size_of_batch(trainer) is None:
             return "the data loader does not tell its batch size; set `batch_size`"
         return obstacle
 
     def describe(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """What is gathered, and how much memory it takes, for the line at the start.
-
-        Args:
-            trainer: Knows ranks and accumulated batches.
-            pl_module: The module.
-        """
+        """Return what is collected and how much memory it takes, for the start message."""
         num, ranks = self.coordinates(pl_module).num_coordinates, trainer.world_size
         k, wide = trainer.accumulate_grad_batches, wide_dtype(pl_module.parameters()).itemsize
         if self.steps is None:
-            rows, caught = self.num_gradients, 0
-            what = f"{rows} gradients of batches of its own"
+            rows, recorded = self.num_gradients, 0
+            what = f"{rows} gradients of extra batches"
         else:
-            rows, caught = self.steps.num_gradients(trainer), k
+            rows, recorded = self.steps.num_gradients(trainer), k
             of_ranks = f" on each of {ranks} ranks" if ranks > 1 else ""
             what = f"gradients of the {k} micro-batches of a step{of_ranks}"
-            what = (
-                what
-                if self.source == "microbatches"
-                else f"the gradients of a step on {ranks} ranks"
-            )
+            if self.source == "ranks":
+                what = f"the gradients of a step on {ranks} ranks"
         unit = "numbers of a sketch" if self.sketch else "coordinates"
-        return f"{what}, {num} {unit}, {1e-6 * wide * (rows + caught) * num:.3g} MB"
+        return f"{what}, {num} {unit}, {1e-6 * wide * (rows + recorded) * num:.3g} MB"
 
-    def forget(self) -> None:
-        """Free the last sample, and take hooks off."""
+    def reset(self) -> None:
+        """Free the last sample, and remove hooks."""
         self._last, self._columns = None, None
         if self.steps is not None:
             self.steps.abandon()
 
     def sample(self, trainer: Trainer, pl_module: LightningModule) -> GradientSample | None:
-        """Gradients at one point, the same on all ranks; ``None`` where there is an obstacle.
+        """Return gradients at one point, the same on all ranks; ``None`` where there is an obstacle.
 
-        With ``extra`` the point is where the weights are; a second monitor that asks at the same step gets what the
-        first one got. Otherwise the point is where the step that just ended began, if it was caught.
-
-        Args:
-            trainer: Knows ranks, data and precision.
-            pl_module: The module.
+        With ``extra`` these are gradients at the current weights; a second monitor that asks at the same step gets the
+        same sample. Otherwise they are those of the step that just ended, if it was recorded.
         """
         if not self.takes_passes:
-            caught = self._last is not None and self._last.step + 1 == trainer.global_step
-            return self._last if caught else None
+            is_new = self._last is not None and self._last.step + 1 == trainer.global_step
+            return self._last if is_new else None
         if self.obstacle(trainer, pl_module) is not None:
             return None
         if self._last is None or self._last.step != trainer.global_step:
@@ -177,11 +155,7 @@ class GradientCollector:
         return self._last
 
     def coordinates(self, pl_module: LightningModule) -> Columns:
-        """What is kept of a gradient of the parameters that are trained.
-
-        Args:
-            pl_module: The module.
-        """
+        """Return what is kept of a gradient of the trained parameters."""
         sizes = {
             name.replace("_orig_mod.", ""): param.numel()
             for name, param in pl_module.named_parameters()
@@ -193,13 +167,7 @@ class GradientCollector:
         return self._columns[1]
 
     def begin_step(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> bool:
-        """Catch the gradients of the optimizer step that begins now; whether one begins and can be caught.
-
-        Args:
-            trainer: Before a batch.
-            pl_module: The module.
-            batch_idx: Of the batch.
-        """
+        """Record the optimizer step that begins now, and return true, if one begins and can be recorded."""
         if self.steps is None or not self.steps.can_begin(trainer, batch_idx):
             return False
         if self.obstacle(trainer, pl_module) is not None:
@@ -209,18 +177,14 @@ class GradientCollector:
         return True
 
     def finish_step(self, trainer: Trainer) -> float:
-        """Make a sample of the step that has ended; the seconds that catching it took, told once.
-
-        Args:
-            trainer: After the step.
-        """
+        """Make the sample of the step that has ended; return the seconds that recording took, to the first caller."""
         found = None if self.steps is None else self.steps.finish(trainer)
         if found is None:
             return 0.0
         self._last, seconds = found
         return seconds
 
-    # Gradients of batches of its own.
+    # Gradients of extra batches.
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule) -> GradientSample:
         coordinates = self.coordinates(pl_module)
@@ -232,13 +196,13 @@ class GradientCollector:
         torch.manual_seed(_mixed(self.seed, step, rank + 1))  # dropout and augmentation
         num_each = -(-self.num_gradients // num_ranks)
         rows = []
-        with measuring(pl_module, self.train_mode):
+        with side_effect_free(pl_module, self.train_mode):
             for number in range(num_each * num_ranks):
                 batch = draw_batch(trainer, loader, size, generator)
                 if number % num_ranks == rank:
                     gradient = gradient_of(trainer, pl_module, batch(), self.loss_fn)
                     rows.append(coordinates.of(gradient))
-        table = gather(torch.stack(rows), num_ranks)
+        table = gather_interleaved(torch.stack(rows), num_ranks)  # in the order of the draws
         return GradientSample(table, size, coordinates.layers, step).finite()
 
     def _size_of_batch(self, trainer: Trainer) -> int | None:
@@ -247,8 +211,13 @@ class GradientCollector:
         return self.batch_size or getattr(loader, "batch_size", None) or sampler
 
 
+def holds_whole_model(trainer: Trainer) -> bool:
+    """Return whether every rank holds all parameters, so that gradients and models of ranks can be compared."""
+    return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
+
+
 def _mixed(*numbers: int) -> int:
-    """One seed of several numbers, different for different ones."""
+    """Mix several numbers into one seed."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 0x9E3779B9) % 2**63

@@ -1,4 +1,4 @@
-"""Keeps a module as it is while its forward pass is used for a measurement."""
+"""Restore a module and the random states after forward passes that only measure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ Undo: TypeAlias = tuple[Any, Any]
 
 @contextmanager
 def module_state_kept(module: nn.Module) -> Iterator[None]:
-    """Put back what forward passes change: buffers, attributes, states of metrics; whatever happens.
+    """Restore buffers, attributes and states of metrics of all sub-modules afterwards, also after an exception.
 
-    Attributes that were replaced get their old value again. Tensors, lists and dictionaries that were changed in place
-    get their old content. Parameters are left alone.
-
-    Args:
-        module: All of its parts are kept.
+    Replaced attributes get their old value again. Tensors, lists and dictionaries that were changed in place get their
+    old content. Parameters are not touched.
     """
     parts = [(part, dict(vars(part))) for part in module.modules()]
     contents = [undo for _, state in parts for undo in _contents(state)]
@@ -33,29 +30,29 @@ def module_state_kept(module: nn.Module) -> Iterator[None]:
             vars(part).update(state)
         with torch.no_grad():
             for value, content in contents:
-                _put_back(value, content)
+                _restore(value, content)
 
 
 def _contents(state: dict[str, Any]) -> Iterator[Undo]:
-    """Everything that can be changed in place, with a copy of what is in it."""
+    """Yield everything that can be changed in place, with a copy of its content."""
     for value in state.values():
         if isinstance(value, list):
             yield value, list(value)
-            yield from ((each, each.clone()) for each in value if _is_loose(each))
+            yield from ((each, each.clone()) for each in value if _is_plain_tensor(each))
         elif isinstance(value, dict):
             yield value, dict(value)
-            yield from ((each, each.clone()) for each in value.values() if _is_loose(each))
-        elif _is_loose(value):
+            yield from ((each, each.clone()) for each in value.values() if _is_plain_tensor(each))
+        elif _is_plain_tensor(value):
             yield value, value.clone()
 
 
-def _is_loose(value: object) -> bool:
+def _is_plain_tensor(value: object) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
-def _put_back(value: Any, content: Any) -> None:
+def _restore(value: Any, content: Any) -> None:
     if isinstance(value, Tensor):
-        # By content: batch normalisation changes its statistics without raising their version.
+        # By content: batch normalisation changes its statistics without incrementing their version counter.
         if not torch.equal(value, content):
             value.copy_(content)
     elif isinstance(value, list):
@@ -67,7 +64,10 @@ def _put_back(value: Any, content: Any) -> None:
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Put all random states back; Lightning's `isolate_rng` alone does not when something fails."""
+    """Restore all random states afterwards, also after an exception.
+
+    ``isolate_rng`` of Lightning has no ``finally``, so the exception is raised again outside of it.
+    """
     failure: BaseException | None = None
     with isolate_rng():
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_sgd.callbacks._monitoring.extra_batches import measuring
+from lightning_sgd.callbacks._monitoring.extra_batches import side_effect_free
 
 
 class PatchedAttributes:
@@ -35,8 +36,6 @@ class PatchedAttributes:
         def call(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
-        # Lightning decides by the signature what to call a method with, and looks one wrapper deep for it.
-        call.__wrapped__ = getattr(original, "__wrapped__", original)
         self.replace_attribute(owner, name, call)
 
     def restore(self) -> None:
@@ -68,45 +67,78 @@ def replace_train_dataloader(
 @contextmanager
 def side_effect_free_eval(module: LightningModule) -> Iterator[None]:
     """Evaluate without gradients, and restore what a training step changes: buffers, statistics; logs are dropped."""
-    with measuring(module, train_mode=False), torch.no_grad():
+    with side_effect_free(module, train_mode=False), torch.no_grad():
         yield
 
 
-def same_batch(batch: object, other: object) -> bool:
-    """Compare the tensors of two batches by identity."""
-    if batch is other:
-        return True
-    # DDP rebuilds the containers.
-    ours, theirs = tree_leaves(batch), tree_leaves(other)
-    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
-
-
 def take_rows(batch: Any, rows: Tensor, num_rows: int) -> Any:
-    """Select rows of every tensor and list that has ``num_rows`` of them, in tuples, dictionaries and dataclasses.
+    """Select rows of every tensor and list that has ``num_rows`` of them, in any structure.
 
     Example:
         >>> take_rows({"x": torch.arange(3), "name": ["a", "b", "c"], "t": 5}, torch.tensor([2, 0]), 3)
         {'x': tensor([2, 0]), 'name': ['c', 'a'], 't': 5}
     """
 
-    def part(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[rows.to(value.device)] if value.ndim and len(value) == num_rows else value
-        if isinstance(value, Mapping):
-            return type(value)({key: part(item) for key, item in value.items()})  # type: ignore[call-arg]  # as dict
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(part, value))
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = dataclasses.fields(value)
-            return dataclasses.replace(
-                value, **{f.name: part(getattr(value, f.name)) for f in fields}
+    def of_tensor(tensor: Tensor) -> Tensor:
+        return tensor[rows.to(tensor.device)] if tensor.ndim and len(tensor) == num_rows else tensor
+
+    def of_list(values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in rows.tolist()] if len(values) == num_rows else list(values)
+
+    def check(owner: object, tensor: Tensor) -> None:
+        # In a batch of graphs, for example, the rows of one tensor are nodes and those of another are edges.
+        if tensor.ndim and len(tensor) != num_rows:
+            raise ValueError(
+                f"Expected every tensor of {type(owner).__name__} to have one row for each of the {num_rows} samples "
+                f"for `selection`, got shape {tuple(tensor.shape)}. Use a tuple or a dictionary, or leave `selection` "
+                "out."
             )
-        if isinstance(value, (list, tuple)):
-            return type(value)(_elements(value))
-        return value
 
-    def _elements(values: Sequence[Any]) -> list[Any]:
-        has_rows = len(values) == num_rows and all(isinstance(v, _PLAIN) for v in values)
-        return [values[row] for row in rows.tolist()] if has_rows else [part(v) for v in values]
+    return _Rebuilder(of_tensor, of_list, check).part(batch)
 
-    return part(batch)
+
+def fresh(batch: Any) -> Any:
+    """Copy a batch, so that a training step may change it; other content than tensors and containers is shared."""
+    return _Rebuilder(torch.clone, list).part(batch)
+
+
+@dataclasses.dataclass
+class _Rebuilder:
+    """Builds a batch of the same structure: pytrees, mappings, dataclasses and objects that move by ``.to``."""
+
+    of_tensor: Callable[[Tensor], Tensor]
+    of_list: Callable[[Sequence[Any]], list[Any]]
+    check: Callable[[object, Tensor], None] | None = None
+
+    def part(self, value: Any) -> Any:
+        leaves, spec = tree_flatten(value, is_leaf=_is_plain_list)
+        if len(leaves) == 1 and leaves[0] is value:
+            return self._leaf(value)
+        return tree_unflatten([self.part(each) for each in leaves], spec)
+
+    def _leaf(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.of_tensor(value)
+        if _is_plain_list(value):
+            return self.of_list(value)
+        if isinstance(value, Mapping):
+            return type(value)({key: self.part(item) for key, item in value.items()})  # type: ignore[call-arg]  # as dict
+        if isinstance(value, (list, tuple)):  # of a class that torch does not know
+            return type(value)([self.part(each) for each in value])
+        is_data = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        return self._attributes(value) if is_data or hasattr(value, "to") else value
+
+    def _attributes(self, value: Any) -> Any:
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        names = [field.name for field in fields] or list(getattr(value, "__dict__", {}))
+        copied = copy.copy(value)
+        for name in names:
+            content = getattr(value, name)
+            if isinstance(content, Tensor) and self.check is not None and not fields:
+                self.check(value, content)
+            object.__setattr__(copied, name, self.part(content))  # also of frozen dataclasses
+        return copied
+
+
+def _is_plain_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, _PLAIN) for each in value)

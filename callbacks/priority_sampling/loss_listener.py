@@ -1,4 +1,4 @@
-"""Finds out in the first step where losses come from, and listens there only from then on."""
+"""Find out in the first step which part of a module the losses come from, and track only its outputs afterwards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,11 @@ from lightning_sgd.sampling.loss_recorder import (
 
 
 class LossListener:
-    """Runs training steps with a recorder.
+    """Runs training steps with a recorder of their losses.
 
-    In the first step every function of torch is looked at, some microseconds each, and every part of the module. If the
-    losses got what a part had returned, a hook on that part marks its outputs from then on, which costs next to
-    nothing. Otherwise it stays with looking at everything.
-
-    Args:
-        module: Whose steps are run.
+    In the first step every function of torch is intercepted, which takes some microseconds each, and every part of the
+    module has a hook. If the inputs of the losses are outputs of a part, only a hook on that part tracks them from then
+    on, which costs next to nothing. Otherwise all functions are intercepted in every step.
     """
 
     def __init__(self, module: LightningModule) -> None:
@@ -36,38 +33,43 @@ class LossListener:
         self._outputs: list[tuple[nn.Module, Tensor]] = []
         self._recorder: LossRecorder | None = None
         self._is_settled = self._is_explicit = False
+        self.logged: frozenset[int] | None = frozenset()
+        """Losses of the last step that are only logged; ``None`` if that changes from step to step."""
 
     def run(
         self, step: Callable[[Any], Any], batch: Any, recorder: LossRecorder, is_trial: bool = False
     ) -> Any:
-        """The output of a step.
+        """Run a step while its losses are recorded, and return its output.
 
         Args:
             step: What to run.
-            batch: What it gets.
-            recorder: What learns of its losses.
-            is_trial: Whether the module is put back afterwards, hooks included, so that nothing is to be found out.
+            batch: Its argument.
+            recorder: Records the losses.
+            is_trial: The module is restored afterwards, hooks included, so that nothing can be found out.
         """
         if not self._is_settled and not is_trial:
-            return self._first(step, batch, recorder)
-        if self._is_explicit:
-            with recording(recorder):
-                return step(batch)
-        if not self._handles:
+            output = self._first(step, batch, recorder)
+        elif self._is_explicit or self._handles:
+            self._recorder = None if self._is_explicit else recorder
+            try:
+                with recording(recorder):
+                    output = step(batch)
+            finally:
+                self._recorder = None
+            recorder.drop_unreached(output)
+            is_lost = output is not None and not recorder.num_losses and not recorder.was_missed
+            if is_lost and self._handles and not is_trial:
+                self._listen_everywhere(recorder)
+        else:
             with recording(recorder), LossInterceptor(recorder):
-                return step(batch)
-        self._recorder = recorder
-        try:
-            with recording(recorder):
                 output = step(batch)
-        finally:
-            self._recorder = None
-        if output is not None and not recorder.num_losses and not is_trial:
-            self._listen_everywhere(recorder)
-        return _as_they_were(output)
+            recorder.drop_unreached(output)
+        if not is_trial:
+            self._compare_logged(recorder)
+        return _untracked(output)
 
     def stop(self) -> None:
-        """Leave no hook behind."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._outputs = [], []
@@ -79,6 +81,7 @@ class LossListener:
         try:
             with recording(recorder), LossInterceptor(recorder):
                 output = step(batch)
+            recorder.drop_unreached(output)
             sources = [self._source_of(tensor) for tensor in recorder.inputs]
         finally:
             self.stop()
@@ -88,6 +91,18 @@ class LossListener:
             if sources and None not in sources:
                 self._handles = [part.register_forward_hook(self._mark) for part in found]
         return output
+
+    def _compare_logged(self, recorder: LossRecorder) -> None:
+        if self.logged is None or not recorder.unreached ^ self.logged:
+            return
+        if recorder.logged <= recorder.unreached:
+            self.logged = frozenset(recorder.unreached)
+            return
+        self.logged = None
+        rank_zero_warn(
+            "PrioritySampling gave no weight to a loss of a batch, because `training_step` only logged it in the batch "
+            "before, and returns it now. From now on losses that are logged get weights too."
+        )
 
     def _note(self, part: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -103,7 +118,7 @@ class LossListener:
         return marked
 
     def _source_of(self, tensor: Tensor) -> nn.Module | None:
-        """The innermost part that returned it, or what it is a view of."""
+        """Return the innermost part that returned the tensor, or the tensor of which it is a view."""
         for part, output in self._outputs:
             if output is tensor or (tensor._base is not None and tensor._base is output):
                 return part
@@ -120,7 +135,7 @@ class LossListener:
 
 
 def _visible_parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and its parts, without those that are compiled as a whole."""
+    """Iterate over the module and its parts, without those that are compiled as a whole."""
     yield module
     for child in module.children():
         is_script = isinstance(child, torch.jit.ScriptModule)
@@ -128,10 +143,10 @@ def _visible_parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from _visible_parts(child)
 
 
-def _as_they_were(output: Any) -> Any:
-    """Plain tensors in what a step returns."""
+def _untracked(output: Any) -> Any:
+    """Convert tracked tensors in the output of a step to plain ones."""
     if isinstance(output, TrackedTensor):
         return output.as_subclass(Tensor)
     if isinstance(output, dict):
-        return {key: _as_they_were(value) for key, value in output.items()}
+        return {key: _untracked(value) for key, value in output.items()}
     return output

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_sgd._distributed import gather_numbers
 from lightning_sgd._run_log import announce, log_metrics, logger_names
 from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd.callbacks._monitoring.figures import publish_if_possible
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
     PatchedAttributes,
     replace_train_dataloader,
@@ -26,7 +27,6 @@ from lightning_sgd.callbacks.priority_sampling.settings import (
     refuse_unsupported,
     warn_of_settings,
 )
-from lightning_sgd.callbacks.rank_monitor.heat_map import publish_if_possible
 from lightning_sgd.functional.sampling.priority_sampling import (
     WeightNorm,
     annealed,
@@ -212,7 +212,8 @@ class PrioritySampling(Callback):
             return self._running.training_step(original, *args, **kwargs)
 
         replace_train_dataloader(trainer, self._patches, replace)
-        self._patches.wrap(pl_module, "training_step", step)
+        # Not on the module, which stays as it is for everybody who copies it, saves it, or calls its step.
+        self._patches.wrap(trainer.strategy, "training_step", step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Announce the settings, and refuse ranks with different data sets."""
@@ -243,7 +244,7 @@ class PrioritySampling(Callback):
         progress = _progress(trainer) if changes else 0.0
         end = self.beta if self.beta_end is None else self.beta_end
         beta = annealed(self.beta, end, progress)
-        self._running.begin_batch(batch, beta, self.weight_norm, progress)
+        self._running.begin_batch(beta, self.weight_norm, progress)
 
     def on_train_batch_end(
         self,
@@ -275,6 +276,14 @@ class PrioritySampling(Callback):
         else:
             figure = self._save_figure(trainer)
             announce(trainer, "PrioritySampling", "end", f"{self._running.conclusion()}{figure}")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave the loader out of the checkpoint, so that it can be resumed without this callback."""
+        if not self._is_passive and "loops" in checkpoint:
+            # Lightning refuses to restore a loader that has another class than the one that was saved.
+            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

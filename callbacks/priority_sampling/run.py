@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sgd._distributed import gather
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
-    same_batch,
+    fresh,
     side_effect_free_eval,
     take_rows,
 )
@@ -24,7 +24,8 @@ from lightning_sgd.functional.sampling.priority_sampling import (
     priority_values,
 )
 from lightning_sgd.functional.sampling.sample_losses import NAMES
-from lightning_sgd.sampling import Draw, PrioritySampler
+from lightning_sgd.sampling import PrioritySampler
+from lightning_sgd.sampling.draw import Draw
 from lightning_sgd.sampling.loss_recorder import (
     LossRecorder,
     NeedsGraph,
@@ -66,7 +67,6 @@ class PriorityRun:
         self.num_batches = self.num_by_priority = self.num_rows = self.num_trained = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._draw: Draw | None = None
-        self._batch: Any = None
         self._weights: Tensor | None = None
         self._scores: Tensor | None = None
         self._numbers = torch.zeros(0)
@@ -75,17 +75,10 @@ class PriorityRun:
 
     # A batch.
 
-    def begin_batch(self, batch: Any, beta: float, norm: WeightNorm, progress: float) -> None:
-        """Look up what was drawn for a batch.
-
-        Args:
-            batch: What the training step is going to get.
-            beta: Exponent of the weights now.
-            norm: What they are divided by.
-            progress: Share of the training that is done.
-        """
+    def begin_batch(self, beta: float, norm: WeightNorm, progress: float) -> None:
+        """Take the draw of the next batch, and compute its weights."""
         draw, sampler = self.sampler.take(), self.sampler
-        self._draw, self._batch, self._scores = draw, batch, None
+        self._draw, self._scores = draw, None
         self._weights = draw.weights(sampler.num_in_dataset, beta, norm)
         if self.selection is not None:
             num_rows = len(draw.indices) // sampler.num_replicas
@@ -93,18 +86,19 @@ class PriorityRun:
             # Drawn for all ranks on all ranks, which keeps their generators alike.
             self._numbers = torch.rand(len(draw.indices), generator=self._generator)
 
-    def training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of the module's; monitors that call it with batches of their own get the original."""
-        if self._draw is None or not args or not same_batch(args[0], self._batch):
-            return original(*args, **kwargs)
-        batch, *others = args
+    def training_step(self, original: Callable[..., Any], batch: Any, *others: Any) -> Any:
+        """Run the training step of the strategy, weight the losses of the samples and keep their scores."""
+        assert self._draw is not None
 
         def step(rows_of_batch: Any) -> Any:
-            return original(rows_of_batch, *others, **kwargs)
+            return original(rows_of_batch, *others)
+
+        def trial(whole_batch: Any) -> Any:  # not by the strategy, which may count or exchange
+            return self.module.training_step(whole_batch, *others)
 
         num_rows = len(self._own(self._draw.indices))
         if self.selection is not None:
-            return self._selected_step(step, batch, num_rows)
+            return self._selected_step(step, trial, batch, num_rows)
         recorder, output = self._listen(step, batch, num_rows, self._own_weights())
         self._scores = self._found(recorder, output)
         return output
@@ -118,8 +112,8 @@ class PriorityRun:
         draw, sampler = self._draw, self.sampler
         if draw is None or self._scores is None:
             raise RuntimeError(
-                "Expected Lightning to call `training_step` of the module with the batch, got another way of training. "
-                "Leave PrioritySampling out."
+                "Expected the strategy to call `training_step`, got another way of training. Leave "
+                "PrioritySampling out."
             )
         gathered = gather(self._scores, sampler.num_replicas).flatten().cpu()
         scores = self._reduced(gathered, draw.indices)
@@ -128,25 +122,26 @@ class PriorityRun:
         if self.selection is not None:
             self.selection.observe(finite(scores[scores != UNKNOWN]))
             sampler.num_candidates = self.selection.num_candidates
-        self._draw = self._batch = None
+        self._draw = None
         self.num_batches += 1
         self.num_by_priority += not draw.is_uniform
         return values
 
     def measured(self, step: Callable[[Any], Any], batch: Any, num_rows: int) -> Tensor:
-        """Scores of the rows of a batch, without training; in ``side_effect_free_eval``.
+        """Measure the scores of the rows of a batch without training; in ``side_effect_free_eval``."""
 
-        Args:
-            step: The training step.
-            batch: What it gets.
-            num_rows: Its samples.
-        """
+        def listen(needs_graph: bool) -> tuple[LossRecorder, Any]:
+            with torch.set_grad_enabled(needs_graph):
+                return self._listen(step, batch, num_rows, None, is_trial=True)
+
         try:
-            with torch.set_grad_enabled(self._needs_graph):
-                return self._found(*self._listen(step, batch, num_rows, None, is_trial=True))
+            recorder, output = listen(self._needs_graph)
         except NeedsGraph:
             self._needs_graph = True
-            return self.measured(step, batch, num_rows)
+            recorder, output = listen(True)
+        if recorder.num_losses > 1 and not self._needs_graph:
+            recorder, output = listen(True)  # only the graph shows which of them are returned
+        return self._found(recorder, output)
 
     def refresh(self, scores: Tensor) -> None:
         """Enter new scores of all samples.
@@ -201,14 +196,21 @@ class PriorityRun:
 
     # Within a training step.
 
-    def _selected_step(self, step: Callable[[Any], Any], batch: Any, num_rows: int) -> Any:
-        """Look at all rows, and train on some."""
+    def _selected_step(
+        self,
+        step: Callable[[Any], Any],
+        trial: Callable[[Any], Any],
+        batch: Any,
+        num_rows: int,
+    ) -> Any:
+        """Measure the scores of all rows, and train on some."""
         assert self.selection is not None
         assert self._draw is not None
         part, num, weights, looked_at = batch, num_rows, self._own_weights(), None
         if self._selects:
-            with side_effect_free_eval(self.module):
-                looked_at = self.measured(step, batch, num_rows)
+            precision = self.module.trainer.precision_plugin
+            with side_effect_free_eval(self.module), precision.train_step_context():
+                looked_at = self.measured(trial, batch, num_rows)
             scores = finite(self._reduced(looked_at.cpu(), self._own(self._draw.indices)))
             rows, weights = self.selection.choose(scores, self._own(self._numbers))
             part, num = take_rows(batch, rows, num_rows), len(rows)
@@ -235,20 +237,29 @@ class PriorityRun:
     ) -> tuple[LossRecorder, Any]:
         exact = self.score == "grad_norm"
         params = [p for p in self.module.parameters() if p.requires_grad] if exact else []
-        recorder = LossRecorder(num_rows, self.score, weights, batch, params)
-        return recorder, self.listener.run(step, batch, recorder, is_trial)
+        logged = self.listener.logged or frozenset()
+        recorder = LossRecorder(num_rows, self.score, weights, batch, params, logged)
+        # A step that runs once more may have taken its batch apart.
+        return recorder, self.listener.run(
+            step, fresh(batch) if is_trial else batch, recorder, is_trial
+        )
 
     def _found(self, recorder: LossRecorder, output: Any) -> Tensor:
         if recorder.scores is not None:
             self._note_classes(recorder)
             return recorder.scores
-        if output is None or recorder.was_missed:  # the module skips this step
+        # A module skips a step by None, for which ByzantineStrategy puts a constant without a graph.
+        is_constant = isinstance(output, Tensor) and output.grad_fn is None
+        skips = output is None or (is_constant and torch.is_grad_enabled())
+        if skips or recorder.was_missed:
             return torch.full((recorder.num_samples,), UNKNOWN, device=self.module.device)
         rows = ", ".join(map(str, sorted(recorder.other_rows)))
+        got = f"{rows} rows" if rows else "none of them"
+        got += " that it returns" if recorder.unreached else ""
         raise RuntimeError(
             f"Expected `training_step` to compute its loss by one of {NAMES} with one row for each of the "
-            f"{recorder.num_samples} samples, got {f'{rows} rows' if rows else 'none of them'}. Return "
-            "lightning_sgd.priority_mean(losses), with one loss for each sample, in place of losses.mean()."
+            f"{recorder.num_samples} samples, got {got}. Return lightning_sgd.priority_mean(losses), with one loss for "
+            "each sample, in place of losses.mean()."
         )
 
     def _note_classes(self, recorder: LossRecorder) -> None:

@@ -1,4 +1,4 @@
-"""Watch the rank of weight matrices."""
+"""Monitor the rank of weight matrices."""
 
 from lightning_sgd.callbacks.rank_monitor.rank_monitor import RankMonitor
 

@@ -1,4 +1,4 @@
-"""Follows, step by step, what batch size, step size and decay imply for the rank of weight matrices."""
+"""Track, step by step, the bound that batch size, step size and decay imply for the rank of weight matrices."""
 
 from __future__ import annotations
 
@@ -27,13 +27,10 @@ MAX_WINDOWS = 256
 
 
 def transfer_of(optimizer: Optimizer, group: dict[str, Any]) -> Transfer | None:
-    """What one step does to weights and momentum buffer besides the gradient; ``None`` where no bound applies.
+    """Return the linear map of a step on weights and momentum buffer, apart from the gradient.
 
-    Element-wise scaling as in Adam gives updates of full rank, whatever the rank of the gradient.
-
-    Args:
-        optimizer: The optimizer.
-        group: One of its parameter groups.
+    ``None`` where no bound applies: element-wise scaling as in Adam gives updates of full rank, whatever the rank of
+    the gradient.
     """
     if isinstance(optimizer, MaSS):
         coefficients = mass_coefficients(group["alpha"], group["kappa_tilde"])
@@ -56,13 +53,7 @@ def transfer_of(optimizer: Optimizer, group: dict[str, Any]) -> Transfer | None:
 
 
 def uses_in_batch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int | None:
-    """How often a batch uses the weight of a module; ``None`` for modules that cannot tell.
-
-    Args:
-        module: The module.
-        inputs: What its forward pass got.
-        output: What its forward pass returned.
-    """
+    """Return how often a forward pass uses the weight of a module; ``None`` for modules of an unknown type."""
     if not inputs or not isinstance(inputs[0], Tensor):
         return None
     if isinstance(module, nn.Linear):
@@ -75,16 +66,16 @@ def uses_in_batch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> in
 
 
 class BoundTracker:
-    """Collects the windows between looks, for every matrix to which the bound applies.
+    """Collect the windows between looks, for every matrix to which the bound applies.
 
     Args:
         matrices: The weight matrices.
-        trainer: Knows optimizers, precision, ranks and accumulation.
+        trainer: The trainer, with optimizers.
     """
 
     def __init__(self, matrices: Sequence[WeightMatrix], trainer: Trainer) -> None:
         self.trainer = trainer
-        # A GradScaler skips steps without telling.
+        # A GradScaler skips steps without notice.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         optimizers = [] if scaled else trainer.optimizers
         self.owners = [_find_owner(matrix, optimizers) for matrix in matrices]
@@ -110,20 +101,20 @@ class BoundTracker:
             self._seen[index] += uses
 
     def after_batch(self) -> None:
-        """Take the first batch for a typical one, and stop counting."""
+        """Take the first batch as typical, and stop counting uses."""
         if self._hooks:
             self.remove_hooks()
             per_step = self.trainer.accumulate_grad_batches * self.trainer.world_size
             self.uses = [seen * per_step or None for seen in self._seen]
 
     def remove_hooks(self) -> None:
-        """Leave the modules as they were found."""
+        """Remove the hooks from the modules."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Note step size, decay and momentum of the step that follows."""
+        """Record step size, decay and momentum of the step that follows."""
         number = self.trainer.optimizers.index(optimizer)
         self.num_steps[number] = self.num_steps.get(number, 0) + 1
         for place, group in enumerate(optimizer.param_groups):
@@ -133,11 +124,7 @@ class BoundTracker:
                 self.transfers[number, place] = step.after(earlier)
 
     def look(self, weight_norms: Sequence[float]) -> None:
-        """Close the open window of every matrix, and see what all windows together imply.
-
-        Args:
-            weight_norms: Frobenius norms of the matrices now.
-        """
+        """Close the open window of every matrix, given the current Frobenius norms, and update the tails."""
         for index, norm in enumerate(weight_norms):
             self._close(index)
             self.tails[index] = trajectory_tails(self.windows[index], norm)
@@ -146,7 +133,7 @@ class BoundTracker:
         self.num_steps.clear()
 
     def bounds(self, eps: float) -> list[float]:
-        """The bounds that say something, below one, relative to the short sides of their matrices."""
+        """Return the bounds below full rank, relative to the short sides of their matrices."""
         shares = []
         for shape, pairs in zip(self.shapes, self.tails, strict=True):
             bound = trajectory_rank_bound(pairs, eps)
@@ -173,7 +160,7 @@ class BoundTracker:
         return 0.0 if buffer is None else float(buffer.norm())
 
     def state_dict(self) -> dict[str, Any]:
-        """The windows so far, as lists of numbers."""
+        """Return the windows as lists of numbers."""
         return {
             "uses": list(self.uses),
             "begin": [begin and list(begin) for begin in self.begin],
@@ -186,7 +173,7 @@ class BoundTracker:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as :meth:`state_dict` says."""
+        """Restore :meth:`state_dict`."""
         self.remove_hooks()
         self.uses = list(state_dict["uses"])
         self.begin = [begin and tuple(begin) for begin in state_dict["begin"]]
@@ -204,7 +191,7 @@ class BoundTracker:
 def _find_owner(
     matrix: WeightMatrix, optimizers: Sequence[Optimizer]
 ) -> tuple[int, int, nn.Parameter] | None:
-    """The optimizer and the group that move a matrix, by number; ``None`` if no bound applies to it."""
+    """Return the numbers of optimizer and group that train a matrix; ``None`` if no bound applies to it."""
     parameter = matrix.module._parameters.get(matrix.weight)
     for number, optimizer in enumerate(optimizers):
         for place, group in enumerate(optimizer.param_groups):

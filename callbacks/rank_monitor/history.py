@@ -1,4 +1,4 @@
-"""What a history of measurements shows: which of them fell, by how much, and since when."""
+"""Keep measures of weight matrices over time, and describe which of them fell, by how much, and since when."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor
 NORM = "frobenius_norm"
 HEADLINES = ("effective_rank", "stable_rank")
 DEAD = 1e-6
+"""A matrix is dead if its norm is this small relative to the first one."""
 
 
 class Fall(NamedTuple):
-    """How one series went down.
+    """The fall of one series.
 
     Attributes:
         first: Value at the beginning.
         last: Value at the end.
-        half_time: Time since which at least half of the fall had happened.
+        half_time: Time from which on at least half of the fall has happened.
     """
 
     first: float
@@ -29,16 +30,16 @@ class Fall(NamedTuple):
 
     @property
     def share(self) -> float:
-        """How much of the first value is gone."""
+        """The fall relative to the first value."""
         return 1.0 - self.last / self.first if self.first else 0.0
 
 
 def find_fall(times: Sequence[int], values: Tensor) -> Fall:
-    """How far a series fell, and since when it is down by half of that.
+    """Measure how far a series fell, and from when on it is down by half of that.
 
     Args:
-        times: When the values were taken, in ascending order.
-        values: One value for each time, shape (t,).
+        times: Optimizer steps of the values, ascending.
+        values: Shape (times,).
 
     Example:
         >>> find_fall([0, 10, 20, 30], torch.tensor([8.0, 7.0, 3.0, 2.0]))
@@ -49,15 +50,15 @@ def find_fall(times: Sequence[int], values: Tensor) -> Fall:
     return Fall(first, last, times[int(before[-1]) + 1 if len(before) else 0])
 
 
-def mean_of_the_living(values: Tensor, alive: Tensor) -> Tensor:
-    """Mean over layers without the dead ones; NaN if none is left.
+def mean_over_alive(values: Tensor, alive: Tensor) -> Tensor:
+    """Average over the layers that are alive; NaN if none is.
 
     Args:
         values: Shape (…, layers).
-        alive: Which layers count, shape (layers,).
+        alive: Shape (layers,).
 
     Example:
-        >>> mean_of_the_living(torch.tensor([[1.0, 3.0, 90.0]]), torch.tensor([True, True, False]))
+        >>> mean_over_alive(torch.tensor([[1.0, 3.0, 90.0]]), torch.tensor([True, True, False]))
         tensor([2.])
     """
     return torch.where(alive, values, 0.0).sum(dim=-1) / alive.sum()
@@ -66,14 +67,14 @@ def mean_of_the_living(values: Tensor, alive: Tensor) -> Tensor:
 def describe_falls(
     quantity: str, names: Sequence[str], times: Sequence[int], values: Tensor, alive: Tensor
 ) -> str:
-    """One line about the history of one measure of several layers.
+    """Describe the history of one measure of several layers in one line.
 
     Args:
         quantity: Name of the measure.
         names: Names of the layers.
-        times: Steps at which the values were taken.
+        times: Optimizer steps of the values.
         values: Shape (times, layers).
-        alive: Which layers are alive at the end.
+        alive: Whether each layer is alive at the end.
 
     Example:
         >>> values = torch.tensor([[8.0, 6.0], [4.0, 6.0]])
@@ -82,7 +83,7 @@ def describe_falls(
     """
     sentences = []
     if alive.any():
-        mean = find_fall(times, mean_of_the_living(values, alive))
+        mean = find_fall(times, mean_over_alive(values, alive))
         sentences.append(
             f"{quantity} of {int(alive.sum())} matrices went from {mean.first:.1f} to {mean.last:.1f} "
             f"in {times[-1] - times[0]} steps"
@@ -109,8 +110,8 @@ class Series(NamedTuple):
     """One measure over time.
 
     Attributes:
-        quantity: Its name in words.
-        times: Steps at which it was taken.
+        quantity: Name in words.
+        times: Optimizer steps of the values.
         values: Shape (times, matrices).
     """
 
@@ -121,14 +122,14 @@ class Series(NamedTuple):
 
 @dataclass(slots=True)
 class RankHistory:
-    """Measures of several matrices over time, at some of the times only those that are cheap.
+    """Measures of several matrices over time, at some of the times only the cheap ones.
 
     Attributes:
         keys: The measures, ``frobenius_norm`` among them.
-        cheap: Those that are always taken.
-        times: Steps at which they were taken.
+        cheap: The measures that are always taken.
+        times: Optimizer steps of the looks.
         tables: The values, of shape (measures, matrices); NaN for measures that were not taken.
-        full: Whether all of them were taken.
+        full: Whether all measures were taken, by time.
     """
 
     keys: tuple[str, ...]
@@ -138,14 +139,9 @@ class RankHistory:
     full: list[bool] = field(default_factory=list)
 
     def add(self, step: int, table: Tensor, full: bool) -> bool:
-        """Enter values, and say whether the matrices were looked at before at the same step.
+        """Append a table, and return whether there was one of the same step already.
 
-        Then all measures take the place of the cheap ones, not the other way round.
-
-        Args:
-            step: When they were taken.
-            table: As in ``tables``.
-            full: Whether all measures were taken.
+        A full table then replaces a cheap one, not the other way round.
         """
         again = self.times[-1:] == [step]
         if again and not full:
@@ -155,17 +151,13 @@ class RankHistory:
         return again
 
     def alive(self, table: Tensor) -> Tensor:
-        """Which matrices are finite and have not shrunk to nothing; what shrinks keeps its shape, hence its rank.
-
-        Args:
-            table: As in ``tables``.
-        """
+        """Return which matrices are finite and have not shrunk to nothing, which the rank does not show."""
         row = self.keys.index(NORM)
         norm, first = table[row], self.tables[0][row]
         return norm.isfinite() & (norm > DEAD * first)
 
     def headline(self) -> Series:
-        """The measure that stands for all: the effective rank, or the stable rank where only that was taken again.
+        """Return the effective rank over time, or the stable rank where only that was taken more than once.
 
         Example:
             >>> history = RankHistory(keys=(NORM, "stable_rank", "effective_rank"), cheap=(NORM, "stable_rank"))
@@ -189,31 +181,24 @@ class RankHistory:
         return Series(key.replace("_", " "), [self.times[look] for look in looks], values)
 
     def describe(self, names: Sequence[str], end: int) -> str:
-        """One line about the headline.
-
-        Args:
-            names: Names of the matrices.
-            end: The step at which training ended.
-        """
+        """Describe the headline in one line; ``end`` is the step at which training ended."""
         quantity, times, values = self.headline()
         found = f"{quantity} was measured once"
         if len(times) > 1:
             found = describe_falls(quantity, names, times, values, self.alive(self.tables[-1]))
         if times[-1] < end:
-            found += (
-                f", as of step {times[-1]} of {end}: `max_overhead` allowed no closer look since"
-            )
+            found += f", as of step {times[-1]} of {end}: `max_overhead` allowed no full look since"
         return found
 
     def clear(self) -> None:
-        """Begin again."""
+        """Remove all values."""
         self.load_state_dict({"times": [], "history": [], "full": []})
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the names of the measures."""
+        """Return everything but the names of the measures."""
         return {"times": list(self.times), "history": list(self.tables), "full": list(self.full)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as :meth:`state_dict` says."""
+        """Restore :meth:`state_dict`."""
         self.times, self.tables = list(state_dict["times"]), list(state_dict["history"])
         self.full = list(state_dict["full"])

@@ -1,4 +1,4 @@
-"""Watches the rank of weight matrices while they are trained."""
+"""Monitor the rank of weight matrices during training."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sgd._distributed import reduce_sum
 from lightning_sgd._validation import expect
+from lightning_sgd.callbacks._monitoring.figures import publish_if_possible
 from lightning_sgd.callbacks._monitoring.monitor import Monitor
 from lightning_sgd.callbacks.rank_monitor.bound import BoundTracker
-from lightning_sgd.callbacks.rank_monitor.heat_map import STEM, draw_heat_map, publish_if_possible
-from lightning_sgd.callbacks.rank_monitor.history import RankHistory, mean_of_the_living
+from lightning_sgd.callbacks.rank_monitor.heat_map import STEM, draw_heat_map
+from lightning_sgd.callbacks.rank_monitor.history import RankHistory, mean_over_alive
 from lightning_sgd.functional.spectra.rank_measures import SpectralNorm
 from lightning_sgd.functional.spectra.spectral_stats import (
     CHEAPEST,
@@ -32,7 +33,7 @@ NORM: Literal["frobenius_norm"] = "frobenius_norm"
 
 
 class RankMonitor(Monitor):
-    r"""Logs how the rank of weight matrices falls during training.
+    r"""Log how the rank of weight matrices falls during training.
 
     Mini-batch SGD with weight decay moves weight matrices towards low rank, the more so the smaller the batch and the
     larger step size and decay. For each weight matrix, its singular values :math:`\sigma_1 \ge \sigma_2 \ge \dots`
@@ -45,16 +46,30 @@ class RankMonitor(Monitor):
 
     and more, see ``measures``. Low rank is no sign of quality: the authors find a marginal effect on test performance.
 
-    Logs ``rank/<measure>``, the mean over the matrices that are alive, and ``rank/num_dead``, the number of those that
-    are not finite or have shrunk to a millionth of their first norm; with ``log_layers`` also
-    ``rank/<measure>/<matrix>``. ``rank/frobenius_norm``, the scale that the others ignore, is always among them. The
-    values are in ``trainer.callback_metrics`` too. At the end it says which matrices
-    fell, and saves a heat map.
+    .. list-table::
+        :header-rows: 1
+
+        * - key
+          - meaning
+        * - ``rank/<measure>``
+          - mean over the matrices that are alive, such as ``rank/stable_rank``, ``rank/effective_rank``, or
+            ``rank/rank_0.01`` for ``rank`` with the threshold 0.01
+        * - ``rank/frobenius_norm``
+          - mean Frobenius norm, always logged: the other measures do not depend on the scale
+        * - ``rank/num_dead``
+          - matrices that are not finite or have shrunk to a millionth of their first norm
+        * - ``rank/<measure>/<matrix>``
+          - the measure of one matrix, with ``log_layers``
+        * - ``rank/bound_<eps>``, ``rank/bound_vacuous_<eps>``
+          - with ``log_bound``, see there
+
+    The values are in ``trainer.callback_metrics`` too. The end message names the matrices whose rank fell, and a heat
+    map shows all of them.
 
     Cost: about m²n + 4/3·m³ operations per m × n matrix with m ≤ n and full look, shared out over the ranks, and three
-    small all-reduces. Between full looks of large networks there are glances, about 120·mn operations for the stable
-    rank, to one percent or better, and the norms. The monitor looks as far as ``max_overhead`` allows. Training is not
-    changed, to the last bit.
+    small all-reduces. Between full looks of large networks there are cheap looks, with about 120·mn operations for the
+    stable rank, to one percent or better, and the norms. The monitor looks as far as ``max_overhead`` allows. Training
+    is not changed, to the last bit.
 
     Args:
         measures: Which measures to take: ``rank``, ``hard_rank``, ``energy_rank``, ``stable_rank``,
@@ -133,7 +148,7 @@ class RankMonitor(Monitor):
         self.spectra = SpectralMeasures(measures=wanted, tol=tol, tol_norm=tol_norm, method=method)
         cheap = tuple(measure for measure in wanted if measure in CHEAPEST)
         self.norms = SpectralMeasures(measures=cheap, method="cheap")
-        self.schedule.can_glance = cheap != wanted
+        self.schedule.has_cheap_look = cheap != wanted
         self.include, self.exclude, self.min_side = include, exclude, min_side
         self.log_layers = log_layers
         self.log_bound = log_bound
@@ -144,21 +159,24 @@ class RankMonitor(Monitor):
         self.bound: BoundTracker | None = None
         self._bound_state: dict[str, Any] | None = None
 
-    @property
-    def state_key(self) -> str:
-        """Tells instances with different settings apart in a checkpoint."""
-        return self._generate_state_key(
-            keys=list(self.spectra.keys),
-            include=self.include,
-            exclude=self.exclude,
-            min_side=self.min_side,
-            every=self.schedule.every,
-            unit=self.unit,
-        )
+    def reset(self) -> None:
+        """Clear history and bound."""
+        self.history.clear()
+        self._bound_state = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return the measures, the selection of matrices, and the interval."""
+        return {
+            "keys": list(self.spectra.keys),
+            "include": self.include,
+            "exclude": self.exclude,
+            "min_side": self.min_side,
+            "every": self.schedule.every,
+            "unit": self.unit,
+        }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the matrices."""
-        restored = self._restored
+        """Find the weight matrices."""
         super().on_fit_start(trainer, pl_module)
         self.matrices = find_weight_matrices(
             pl_module, include=self.include, exclude=self.exclude, min_side=self.min_side
@@ -169,9 +187,6 @@ class RankMonitor(Monitor):
                 f"{self.min_side}, {self.include} and {self.exclude} for {type(pl_module).__name__}. "
                 "Lower `min_side` or widen the patterns."
             )
-        if not restored:
-            self.history.clear()
-            self._bound_state = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the bound; then look for the first time."""
@@ -183,7 +198,7 @@ class RankMonitor(Monitor):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Follow step size and decay."""
+        """Record step size and decay for the bound."""
         if self.bound is not None:
             self.bound.before_step(optimizer)
 
@@ -198,23 +213,23 @@ class RankMonitor(Monitor):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no hook behind."""
+        """Remove hooks from the modules."""
         if self.bound is not None:
             self.bound.remove_hooks()
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
-        """Take the measures; each rank those of its share of the matrices."""
-        return self._note(trainer, self._measure(trainer, pl_module, self.spectra), full=True)
+        """Take all measures; each rank those of its share of the matrices."""
+        return self._record(trainer, self._measure(trainer, pl_module, self.spectra), full=True)
 
-    def glance(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
-        """Take those measures that need no singular values but the largest."""
-        return self._note(trainer, self._measure(trainer, pl_module, self.norms), full=False)
+    def cheap_look(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, float]:
+        """Take only the measures that need no singular values but the largest."""
+        return self._record(trainer, self._measure(trainer, pl_module, self.norms), full=False)
 
-    def _note(self, trainer: Trainer, table: Tensor, full: bool) -> dict[str, float]:
-        """Enter a table into the history; the values to log."""
+    def _record(self, trainer: Trainer, table: Tensor, full: bool) -> dict[str, float]:
+        """Append a table to the history, and return the values to log."""
         again = self.history.add(trainer.global_step, table, full)
         alive = self.history.alive(table)
-        means = mean_of_the_living(table, alive).tolist()
+        means = mean_over_alive(table, alive).tolist()
         values = {"rank/num_dead": float((~alive).sum())}
         for key, mean, row in zip(self.spectra.keys, means, table.tolist(), strict=True):
             if full or key in self.norms.keys:
@@ -225,11 +240,11 @@ class RankMonitor(Monitor):
                     values |= {f"{name}/{matrix.name}": value for matrix, value in layers}
         return values if again else values | self._bounds(table)
 
-    def announce(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """How many matrices, and which measures."""
+    def describe_start(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Return the measures and the number of matrices."""
         names = ", ".join(key for key in self.spectra.keys if key != NORM)
         parts = [f"{names} of {len(self.matrices)} weight matrices"]
-        if self.schedule.glances_between:
+        if self.schedule.alternates:
             cheap = ", ".join(key for key in self.norms.keys if key != NORM) or "norms"
             parts.append(
                 f"in full at most every {self.schedule.full_every} looks, else only {cheap}"
@@ -243,14 +258,14 @@ class RankMonitor(Monitor):
             )
         return ", ".join(parts)
 
-    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """What fell, how far and since when; saves the heat map."""
+    def describe_end(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Return which ranks fell, how far and since when, and publish the heat map."""
         names = [matrix.name for matrix in self.matrices]
         found = self.history.describe(names, trainer.global_step)
-        return f"{found}.{self._save_figure(trainer)}"
+        return f"{found}.{self._publish_figure(trainer)}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, and when to look next."""
+        """Return the history, and the state of the schedule."""
         return {
             **super().state_dict(),
             **self.history.state_dict(),
@@ -259,7 +274,7 @@ class RankMonitor(Monitor):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the history."""
+        """Restore :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         self.history.load_state_dict(state_dict)
         self._bound_state = state_dict["bound"]
@@ -276,8 +291,7 @@ class RankMonitor(Monitor):
                 values[f"rank/bound_{eps:g}"] = sum(relative) / len(relative)
         return values
 
-    def _save_figure(self, trainer: Trainer) -> str:
-        """Draw and publish the heat map; what to say about it."""
+    def _publish_figure(self, trainer: Trainer) -> str:
         if not self.save_figure:
             return ""
         return publish_if_possible(trainer, self._heat_map, STEM, "rank/heat_map", "heat map")
@@ -291,23 +305,20 @@ class RankMonitor(Monitor):
     def _measure(
         self, trainer: Trainer, pl_module: LightningModule, measures: SpectralMeasures
     ) -> Tensor:
-        """Table of shape (measures, matrices), the same on all ranks, on the CPU; NaN for measures not taken."""
+        """Return a table of shape (measures, matrices), equal on all ranks, on the CPU; NaN for measures not taken."""
         rank, world_size = trainer.global_rank, trainer.world_size
         stats = measures.of(matrix.read() for matrix in self.matrices[rank::world_size])
         taken = torch.zeros(len(stats), len(self.matrices), device=pl_module.device)
         taken[:, rank::world_size] = torch.stack(list(stats.values())).to(taken)
-        if world_size > 1:
-            dist.all_reduce(taken)
+        # Each rank has filled in its own columns, so that the sum is exact and one collective is enough.
+        reduce_sum(taken, world_size)
         table = torch.full((len(self.spectra.keys), len(self.matrices)), torch.nan)
         table[[self.spectra.keys.index(key) for key in stats]] = taken.cpu()
         return table
 
 
 def metric_key(key: str) -> str:
-    """The name under which a measure is logged; TensorBoard takes no ``@``.
-
-    Args:
-        key: Key of :func:`~lightning_sgd.spectral_stats`.
+    """Return the metric key of a measure of :func:`~lightning_sgd.spectral_stats`; TensorBoard takes no ``@``.
 
     Example:
         >>> metric_key("rank@0.001")

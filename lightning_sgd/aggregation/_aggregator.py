@@ -112,11 +112,13 @@ class Aggregator(ABC):
         matrix = (
             self.mixing(row_gram(rows, self.reference), num_byzantine) if self.needs_gram else None
         )
+        # By blocks of columns, so that mixed rows never exist as a whole.
         result = torch.empty_like(rows[0])
         for columns, block in column_blocks(rows, BLOCK):
             mixed = block if matrix is None else combine(matrix, block)
             result[columns] = self.reduce(mixed, num_byzantine)
         if self.uses_previous_output:
+            # A copy: the caller may scale the result in place.
             self._previous = result.clone()
         return result
 
@@ -189,6 +191,7 @@ class Aggregator(ABC):
         Returns:
             Matrix of shape (m, n) in double precision.
         """
+        # Norms are taken in double precision, products in the type of the rows: these can overflow first.
         finite = bool(gram.isfinite().all())
         remedy = "Scale the gradients down, or raise `num_byzantine`."
         expect(finite, "rows", "short enough for inner products", Words("overflow"), remedy)

@@ -19,6 +19,7 @@ class Draws:
 
     def next_generator(self) -> torch.Generator:
         """Return the generator of the next call."""
+        # The shift keeps streams of neighbouring seeds apart.
         generator = torch.Generator().manual_seed((self.seed << 32) + self.num_calls)
         self.num_calls += 1
         return generator
@@ -33,9 +34,5 @@ class Draws:
         return {"seed": self.seed, "num_calls": self.num_calls}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Args:
-            state: Result of :meth:`state_dict`.
-        """
+        """Restore what :meth:`state_dict` returned."""
         self.seed, self.num_calls = state["seed"], state["num_calls"]

@@ -129,4 +129,5 @@ def _make(name: str, make: Callable[..., Made], settings: dict[str, Any]) -> Mad
     try:
         return make(**settings)
     except TypeError as error:
+        # A wrong name of a setting: Python's message says which.
         raise ValueError(f"Expected `aggregator` to give {name} what it takes; {error}.") from None

@@ -33,6 +33,7 @@ class GaussianAttack(Attack):
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
         """Return a different row for every faulty worker."""
+        # On the generator's device, so that the numbers are the same whatever device the rows are on.
         noise = torch.randn(own.shape, generator=generator, device=generator.device)
         return (self.mean + self.std * noise).to(own)
 
@@ -100,6 +101,7 @@ class BitFlip(Attack):
         """Return a different row for every faulty worker."""
         sent = own.clone()
         for row in sent:
+            # With replacement: a coordinate that is drawn twice is flipped once.
             hit = torch.randint(
                 row.numel(), (self.num_coordinates,), generator=generator, device=generator.device
             ).to(row.device)

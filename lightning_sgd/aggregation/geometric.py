@@ -82,6 +82,7 @@ class GeometricMedian(GramRule):
             exact = median_among_rows(gram, masses)
             if exact is not None:
                 return torch.eye(len(gram), dtype=gram.dtype)[exact]
+            # Relative to the rows, so that the result does not depend on the scale of the loss.
             smoothing = 1e-6 * _median_distance(gram)
         start = masses if self.start == "mean" else torch.zeros_like(masses)
         return weiszfeld(gram, masses, start, self.num_iterations, smoothing, self.tolerance)

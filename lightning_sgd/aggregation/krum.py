@@ -172,4 +172,5 @@ class Bulyan(Aggregator):
 
     def reduce(self, block: Tensor, num_byzantine: int) -> Tensor:
         """Return the mean of the values nearest to the median of each column."""
+        # Of the n − 2f chosen rows n − 4f are averaged in each coordinate, so 2f are left out.
         return mean_near_median(block, 2 * num_byzantine)

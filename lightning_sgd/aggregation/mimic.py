@@ -60,6 +60,7 @@ class Mimic(Attack):
         self.mean = torch.lerp(self.mean, honest.mean(dim=0), share)
         centred = honest - self.mean
         image = centred.mT @ (centred @ self.direction)
+        # Equal rows give a zero image, which must not become NaN.
         image = image / image.norm().clamp_min(torch.finfo(image.dtype).tiny)
         self.direction = torch.lerp(self.direction, image, share)
         self.direction /= self.direction.norm().clamp_min(torch.finfo(image.dtype).tiny)

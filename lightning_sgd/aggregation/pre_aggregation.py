@@ -67,6 +67,7 @@ class PreAggregator(ABC):
         shape = len(matrix), rows[0].numel()
         result = rows[0].new_empty(shape) if out is None else _checked(out, shape, rows[0].dtype)
         for columns, block in column_blocks(rows):
+            # Blocks of half precision are converted for the product, so it cannot write to the result.
             if block.dtype == result.dtype:
                 combine(matrix, block, out=result[:, columns])
             else:  # half precision
@@ -230,6 +231,7 @@ class ARC(PreAggregator):
     def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Return a diagonal matrix."""
         n = len(gram)
+        # ⌊2(f/n)(n − f)⌋ in whole numbers: a floating-point product could fall just below one.
         num_clipped = 2 * num_byzantine * (n - num_byzantine) // n
         norms = gram.diagonal().sqrt().sort().values
         return _shortened(gram, float(norms[n - num_clipped - 1]))

@@ -97,6 +97,7 @@ class SpectralFilter(GramRule):
             return None
         if self.sigma0 is not None:
             return self.gamma * self.sigma0**2
+        # With unequal masses a row of mass p contributes p·tr(Σ) in a direction of its own: the largest counts.
         return self.noise_factor * noise_floor(gram, num_byzantine, largest_weight)
 
     def _top_eigenvalue(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Dealing a labelled data set out to several owners, evenly or sorted by label."""
+"""Partition a labelled data set into parts, evenly or sorted by label."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lightning_sgd._validation import expect
 def partition_by_label(
     labels: Tensor, num_parts: int, skew: float, generator: torch.Generator
 ) -> list[Tensor]:
-    r"""Deal samples out in parts of equal size, of which a fraction ``skew`` is sorted by label.
+    r"""Partition samples into parts of equal size, of which a fraction ``skew`` is sorted by label.
 
-    In every part :math:`\mathrm{round}(\text{skew} \cdot n / \text{parts})` samples come from one contiguous stretch of
-    the samples in the order of their labels, the first part taking the smallest labels; the others are drawn evenly.
-    The samples left over, fewer than ``num_parts`` and drawn at random, belong to no part.
+    In every part :math:`\mathrm{round}(\text{skew} \cdot n / \text{parts})` samples are contiguous in the order of
+    labels, with the smallest labels in the first part; the others are drawn uniformly. The remaining samples, fewer
+    than ``num_parts`` and drawn at random, belong to no part.
 
     Cost: O(n log n) time, O(n) memory.
 
     Args:
         labels: One label per sample, of shape (n,).
         num_parts: Number of parts, at least 1 and at most n.
-        skew: 0.0 for parts that look alike, 1.0 for parts sorted by label, or anything between.
+        skew: 0.0 for parts of equal distribution, 1.0 for parts sorted by label, or a number between.
         generator: Source of the random order.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Matrix products in the precision of their type, whatever training uses."""
+"""Matrix products in full precision, whatever precision training uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32: no autocast, no TensorFloat-32, no bfloat16; put everything back after.
+    """Multiply float32 matrices in float32, without autocast, TensorFloat-32 or bfloat16, and restore these settings.
 
     Example:
         >>> x = torch.eye(2)
@@ -31,7 +31,7 @@ def _ieee_matmul() -> Iterator[None]:
     mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # exists at run time only
     backends = (torch.backends.cuda.matmul, mkldnn)
     before = [backend.fp32_precision for backend in backends]
-    if {"none", "ieee"}.issuperset(before):
+    if {"none", "ieee"}.issuperset(before):  # nothing to change, nothing to restore
         yield
         return
     # torch refuses to multiply when its older and its newer settings contradict each other: change both, or

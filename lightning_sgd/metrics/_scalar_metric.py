@@ -1,4 +1,4 @@
-"""What metrics with one value have in common."""
+"""The base class of metrics with one value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether gradients at one point scatter like Gaussian noise, over batches and ranks, as a torchmetrics ``Metric``."""
+"""A test of Gaussian gradient noise over batches and ranks, as a torchmetrics ``Metric``."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lightning_sgd.metrics._scalar_metric import ScalarMetric
 
 
 class GradientGaussianity(ScalarMetric):
-    """Share of random directions in which gradients since the last reset do not scatter like a Gaussian.
+    """Share of random directions in which gradients since the last reset are not Gaussian.
 
-    Gaussian noise has about ``level`` of them, more or less as its directions depend on each other: :meth:`result`
-    gives the share that it has at most, the calibrated p-value, the tests by coordinate and the verdict of
-    :func:`~lightning_sgd.gradient_gaussianity`. Gradients must be taken at the same weights. Kept are all of them, in
-    ``num_coordinates`` coordinates; ranks put theirs together.
+    For Gaussian noise the share is about ``level``, with a spread that depends on the effective dimension:
+    :meth:`result` gives the largest share to expect, the calibrated p-value, the tests by coordinate and the verdict of
+    :func:`~lightning_sgd.gradient_gaussianity`. Gradients must be taken at the same weights. All of them are stored, in
+    ``num_coordinates`` coordinates; those of all ranks are tested together.
 
     Args:
-        num_directions: Random directions, and as many coordinates [R].
+        num_directions: Number of random directions, and of coordinates [R].
         test: Test on one direction: ``"shapiro_wilk"``, ``"anderson_darling"`` or ``"jarque_bera"``.
         level: Level of the test on one direction.
-        false_alarm_rate: How often the verdict on Gaussian noise may be another.
-        num_bootstraps: Samples of Gaussian noise for the calibration [B].
-        num_coordinates: About how many coordinates to keep, spread evenly; ``None`` for all.
-        seed: Decides on coordinates, directions and calibration.
+        false_alarm_rate: Largest probability of a wrong verdict on Gaussian noise.
+        num_bootstraps: Number of samples of Gaussian noise for the calibration [B].
+        num_coordinates: Approximate number of coordinates to keep, spread evenly; ``None`` for all.
+        seed: Seed of coordinates, directions and calibration.
         **kwargs: Settings of every ``torchmetrics.Metric``.
 
     Raises:
@@ -97,19 +97,20 @@ class GradientGaussianity(ScalarMetric):
         self.rows.append(self._kept(rows))
 
     def result(self) -> GaussianityResult:
-        """Tests, calibration and verdict for what this rank has seen."""
+        """Test the gradients that this rank has seen, with calibration and verdict."""
         rows = self.rows if isinstance(self.rows, Tensor) else torch.cat(self.rows or [_NOTHING])
         generator = torch.Generator().manual_seed(self.seed)
         return gradient_gaussianity(rows, generator, self.settings)
 
     def compute(self) -> Tensor:
-        """The share; NaN for fewer than 20 gradients, or if all are equal."""
+        """Compute the share; NaN for fewer than 20 gradients, or if all are equal."""
         return torch.tensor(self.result().random.rejected, device=self.device)
 
     def _kept(self, rows: Tensor) -> Tensor:
-        """Of each row the coordinates that are kept; a copy."""
+        """Copy the coordinates of each row that are stored."""
         if self.num_coordinates is None:
             return rows.clone()
+        # The same seed gives the same coordinates in every update and on every rank.
         coordinates = Coordinates({"": rows.shape[1]}, self.num_coordinates, self.seed)
         return torch.stack([coordinates.of([row]) for row in rows])
 

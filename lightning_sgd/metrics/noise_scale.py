@@ -22,8 +22,8 @@ NAMES = tuple(field.name for field in fields(GradientNoise))
 class GradientNoiseScale(ScalarMetric):
     r"""The batch size at which noise and signal in gradients are equally large: :math:`\mathrm{Tr}(\Sigma)/\|G\|^2`.
 
-    Every update takes several gradients at one point; points and ranks add up before noise is divided by signal. Kept
-    are six numbers.
+    Every update takes several gradients at one point; noise and signal are summed over points and ranks before one is
+    divided by the other. The state is six numbers.
 
     Args:
         **kwargs: Settings of every ``torchmetrics.Metric``.
@@ -58,17 +58,18 @@ class GradientNoiseScale(ScalarMetric):
             rows: One gradient in each row, shape (m, s).
             batch_size: Samples behind one row.
         """
+        # Sums, not ratios: a mean of ratios would be biased, and infinite where one point has no signal.
         noise = gradient_noise(rows, batch_size)
         for name in NAMES:
             setattr(self, name, getattr(self, name) + getattr(noise, name))
 
     def result(self) -> NoiseScale:
-        """Value and interval for everything since the last reset."""
+        """Return value and interval for all updates since the last reset."""
         trace, square, *variances, num_pairs = (float(getattr(self, name)) for name in NAMES)
         var_trace, var_square, covariance = variances
         total = GradientNoise(trace, square, var_trace, var_square, covariance, round(num_pairs))
         return noise_scale(total)
 
     def compute(self) -> Tensor:
-        """The noise scale in samples; infinite where no gradient is seen in the noise, NaN before the first update."""
+        """Compute the noise scale in samples; infinite if no gradient is found in the noise, NaN without an update."""
         return torch.tensor(self.result().value, device=self.device)

@@ -58,7 +58,7 @@ class RankMe(ScalarMetric):
         super().__init__(**kwargs)
         expect(is_finite_at_least(eps, 0.0), "eps", "at least 0", eps, "The default is 1e-7.")
         self.eps, self.center = eps, center
-        # Scalars take the shape of the first update by broadcasting.
+        # Scalars take the shape of the first update by broadcasting: K is not known before.
         for name in ("gram", "total", "num_samples"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -77,11 +77,12 @@ class RankMe(ScalarMetric):
         self.num_samples = self.num_samples + len(Z)
 
     def compute(self) -> Tensor:
-        """RankMe of all features so far; 0 if all are zero, NaN if there are none or some are not finite."""
+        """Compute RankMe of all features so far; 0 if all are zero, NaN if there are none or some are not finite."""
         if self.gram.ndim == 0:
             return torch.full_like(self.gram, torch.nan)
         gram = self.gram
         if self.center:
+            # In float64: with a large mean this difference loses digits.
             gram = gram - torch.outer(self.total, self.total) / self.num_samples
         count = min(len(gram), int(self.num_samples))
         return rankme(gram_singular_values(gram)[:count], eps=self.eps)

@@ -17,8 +17,8 @@ class TailIndex(ScalarMetric):
     r"""Tail index of everything since the last reset: 2 for Gaussian samples, less for heavier tails.
 
     The index is :func:`~lightning_sgd.dyadic_tail_index` of all updates as one sequence; it does not depend on how the
-    sequence is cut into updates. Kept are a few hundred numbers, and the samples that do not fill a block yet. Ranks
-    add up; each has a sequence of its own.
+    sequence is divided into updates. The state is a few hundred numbers, and the samples that do not fill a block yet.
+    Each rank has a sequence of its own; their sums are added.
 
     Args:
         mode: ``"pooled"`` takes all values for one sequence, right only if they are independent and of one scale.
@@ -78,15 +78,15 @@ class TailIndex(ScalarMetric):
         self.rest = [rest.clone()] if len(rest) else []  # a view would keep all samples
 
     def result(self) -> TailIndexResult:
-        """Index, standard error, stability profile and verdict for what this rank has seen."""
+        """Return index, standard error, profile and verdict for the samples that this rank has seen."""
         if not len(self.rest):
             return tail_index_of(self._sums())
-        # After ranks were combined, what each had left over may fill blocks.
+        # After ranks were combined, their remaining samples together may fill blocks.
         rest = self.rest if isinstance(self.rest, Tensor) else torch.cat(self.rest)
         return tail_index_of(self._sums() + self._ladder(rest)[0])
 
     def compute(self) -> Tensor:
-        """The index; NaN before the first block is complete."""
+        """Compute the index; NaN before the first block is complete."""
         return torch.tensor(self.result().alpha, device=self.device)
 
     def _after_rest(self, samples: Tensor) -> Tensor:

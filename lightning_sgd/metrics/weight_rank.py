@@ -21,15 +21,15 @@ class WeightRank(Metric):
     """Measures of the rank of weight matrices, per matrix and on average.
 
     Each update adds the measures of the weights as they are; the result is the average over updates and, where ranks
-    hold different weights, over ranks. The mean over matrices leaves out those that are zero or not finite: a layer
-    that has died says nothing about the rank of the others. They still have their own entries, 0 and NaN.
+    hold different weights, over ranks. The mean over matrices leaves out those that are zero or not finite, because a
+    dead layer says nothing about the rank of the others. They still have their own entries, 0 and NaN.
 
     Args:
         measures: Which measures to take, see :func:`~lightning_sgd.spectral_stats`.
         tol: Thresholds of ``rank`` [τ].
         tol_norm: Norm that the thresholds refer to, ``"fro"`` or ``"spectral"``.
         eta: Shares of ``energy_rank`` [η].
-        method: How to get the singular values.
+        method: How to compute the singular values.
         power: Exponent of ``effective_rank``.
         dtype: Type to compute in; by default float32 where it is accurate enough and else float64.
         include: Patterns such as ``encoder.*``; only matrices whose name matches one are taken. By default all.
@@ -129,7 +129,7 @@ class WeightRank(Metric):
         return tuple(weights), (weight.flatten(1) for weight in weights.values())
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean of each measure over the matrices, and under ``<measure>/<name>`` each value of its own."""
+        """Compute the mean of each measure over the matrices, and ``<measure>/<name>`` for each matrix."""
         keys = self.spectral_measures.keys
         if not self.names:
             return dict.fromkeys(self._asked(keys), torch.full_like(self.num_updates, torch.nan))
@@ -148,7 +148,7 @@ class WeightRank(Metric):
         return [key for key in keys if key != "frobenius_norm" or key in self.measures]
 
     def reset(self) -> None:
-        """Forget all updates, and which matrices they were of."""
+        """Forget all updates and the names of their matrices."""
         super().reset()
         self.names = ()
 

@@ -1,14 +1,13 @@
-"""What the two trajectory-regularised optimizers share: stages, anchors and the way through a step."""
+"""What the two trajectory-regularised optimizers share: stages, anchors and the pull towards them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeAlias, get_args, overload
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import StateDict
 
 from lightning_sgd._validation import expect, is_finite_at_least, warn_no_effect
 from lightning_sgd.functional.optim.tra import (
@@ -18,14 +17,8 @@ from lightning_sgd.functional.optim.tra import (
     pull_strength,
     regularized_gradients,
 )
-from lightning_sgd.optimizers._tensors import (
-    TensorType,
-    portions,
-    refuse_complex,
-    tensors_by_type,
-)
-
-ParamGroup: TypeAlias = dict[str, Any]
+from lightning_sgd.optimizers._base import GroupwiseOptimizer, ParamGroup, lr_on
+from lightning_sgd.optimizers._tensors import TensorType, portions, tensors_by_type
 
 
 class Portion(NamedTuple):
@@ -42,15 +35,14 @@ class Portion(NamedTuple):
     steps: list[int]
 
 
-class StagedOptimizer(Optimizer):
+class StagedOptimizer(GroupwiseOptimizer):
     """Cuts training into stages, keeps an anchor per parameter, and hands regularised gradients to :meth:`update`.
 
     A parameter that gets its first gradient in the middle of a stage has its anchor there. A group counts the steps in
     which it has a gradient at all. Position and number of the stage are in the group, so a checkpoint holds them.
     """
 
-    state_names: ClassVar[tuple[str, ...]]
-    """Keys of further states of the parameters' shapes."""
+    suggested_lr = "Try 0.1 for SGD, 1e-3 for Adam."
 
     @abstractmethod
     def update(self, group: ParamGroup, kind: TensorType, portion: Portion) -> None:
@@ -64,14 +56,23 @@ class StagedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group, which may set any of the constructor's arguments for itself."""
-        settings = {**self.defaults, **param_group}
-        self.check_group(settings)
-        if settings["lambda_w"] is None:
-            param_group["lambda_w"] = 0.1 * float(settings["lr"])
         super().add_param_group(param_group)
-        refuse_complex(self.param_groups[-1]["params"], type(self).__name__)
-        self.param_groups[-1].setdefault("position", 0)
-        self.param_groups[-1].setdefault("stage", 0)
+        group = self.param_groups[-1]
+        if group["lambda_w"] is None:
+            group["lambda_w"] = 0.1 * float(group["lr"])
+        group.setdefault("position", 0)
+        group.setdefault("stage", 0)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Continue from a saved state, which is neither kept nor changed.
+
+        Args:
+            state_dict: What ``state_dict`` of an optimizer gave.
+        """
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] = int(state["step"])  # torch's own optimizers keep a tensor
 
     def reset_stage(self) -> None:
         """Let the next step start a new stage, with an anchor where the parameters are then.
@@ -82,33 +83,14 @@ class StagedOptimizer(Optimizer):
             group["position"] = 0
             group["stage"] += 1
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step.
-
-        Args:
-            closure: Re-evaluates the model and returns the loss; called once, before gradients are read.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step_group(self, group: ParamGroup) -> None:
+        """Make the step of one parameter group."""
         _refuse_capture(type(self).__name__)
-        with torch.no_grad():
-            for group in self.param_groups:
-                self._step_group(group)
-        return loss
-
-    def _step_group(self, group: ParamGroup) -> None:
         largest = ("max_exp_avg_sq",) if group.get("amsgrad") else ()
         by_type = tensors_by_type(self, group, "anchor", *self.state_names, *largest)
         for kind, lists in by_type.items():
             self._move_anchors(group, lists[0], lists[2])
-            lr = group["lr"].to(kind.device) if isinstance(group["lr"], Tensor) else group["lr"]
+            lr = lr_on(kind.device, group["lr"])
             counts = self.count(lists[0])
             for indices, (params, grads, anchors, *states) in portions(lists):
                 pulled = _directions(group, params, grads, anchors, lr)
@@ -133,37 +115,11 @@ class StagedOptimizer(Optimizer):
 
     def check_group(self, group: ParamGroup) -> None:
         """Raise where a setting that both optimizers have is out of range."""
-        lr, lambda_w, decay = group["lr"], group["lambda_w"], group["weight_decay"]
-        if isinstance(lr, Tensor):
-            expect(
-                lr.numel() == 1, "lr", "a tensor of one element", lr.shape, "Use one lr per group."
-            )
-        else:
-            expect(
-                is_finite_at_least(lr, 0),
-                "lr",
-                "a number ≥ 0",
-                lr,
-                "Try 0.1 for SGD, 1e-3 for Adam.",
-            )
-        expect(
-            lambda_w is None or is_finite_at_least(lambda_w, 0),
-            "lambda_w",
-            "a number ≥ 0",
-            lambda_w,
-            "Leave it out for a tenth of `lr`.",
-        )
-        expect(
-            is_finite_at_least(decay, 0), "weight_decay", "a number ≥ 0", decay, "Use 0 for none."
-        )
+        super().check_group(group)
+        lambda_w, remedy = group["lambda_w"], "Leave it out for a tenth of `lr`."
+        fits = lambda_w is None or is_finite_at_least(lambda_w, 0)
+        expect(fits, "lambda_w", "a number ≥ 0", lambda_w, remedy)
         check_stages(group["inner_steps"], group["inner_lr_decay"], lambda_w)
-        expect(
-            not (group["foreach"] and group["fused"]),
-            "foreach",
-            "None or False beside `fused=True`",
-            True,
-            "Choose one implementation, or leave both to the default.",
-        )
 
 
 def _directions(
@@ -201,31 +157,6 @@ def check_stages(inner_steps: int, inner_lr_decay: InnerDecay, lambda_w: float |
         warn_no_effect(
             "`lambda_w` has no effect with stages of one step: the anchor is where w is."
         )
-
-
-def choose(
-    steps: tuple[Callable[..., None], Callable[..., None], Callable[..., None]],
-    group: ParamGroup,
-    usable: bool,
-) -> Callable[..., None]:
-    """The fastest implementation that is allowed and works.
-
-    Args:
-        steps: By a loop, by multi-tensor operations, and by the fused kernel.
-        group: Says which are allowed.
-        usable: Whether the fused kernel can be used for these tensors.
-    """
-    for_loop, foreach, fused = steps
-    if group["foreach"] is False and not group["fused"]:
-        return for_loop
-    if usable and not group["foreach"] and group["fused"] is not False:
-        return fused
-    if group["fused"] and not usable:
-        warn_no_effect(
-            "`fused=True` has no effect for some tensors: torch's kernel is not available for their type, or not made "
-            "for gradients of other strides; multi-tensor operations are used instead."
-        )
-    return foreach
 
 
 def _refuse_capture(name: str) -> None:

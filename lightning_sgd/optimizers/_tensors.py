@@ -75,7 +75,9 @@ def refuse_sparse(params: Iterable[Tensor], name: str) -> None:
     Raises:
         ValueError: If a gradient is sparse.
     """
-    if any((grad := param.grad) is not None and grad.is_sparse for param in params):
+    if any(
+        (grad := param.grad) is not None and grad.layout is not torch.strided for param in params
+    ):
         raise ValueError(
             f"Expected gradients to be dense for {name}, got a sparse one. "
             "Use `sparse=False` in the embedding, or torch.optim.SparseAdam for it."
@@ -96,18 +98,17 @@ def tensors_by_type(
 
     Returns:
         For each type the lists (params, grads, states of the first name, …).
-
-    Raises:
-        ValueError: If a gradient is sparse.
     """
     params = [param for param in group["params"] if param.grad is not None]
     grads = [param.grad for param in params]
-    refuse_sparse(params, type(optimizer).__name__)
     states = [optimizer.state[param] for param in params]
     for name in state_names:
         for param, state in zip(params, states, strict=True):
             if name not in state:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            elif state[name].dtype != param.dtype or state[name].device != param.device:
+                # ``module.to(…)`` converts parameters in place and knows nothing of the optimizer.
+                state[name] = state[name].to(param.device, param.dtype)
     return _by_type((params, grads, *([state[name] for state in states] for name in state_names)))
 
 
@@ -155,13 +156,16 @@ def scalar_buffer(optimizer: Optimizer, params: list[Tensor], name: str) -> Tens
     """
     values = scalar_states(optimizer, params, name)
     buffer = values[0]._base
+    dtype, device = scalar_dtype(params[0]), params[0].device
     if (
         buffer is not None
         and buffer.shape == (len(values),)
+        and (buffer.dtype, buffer.device) == (dtype, device)
         and all(v._base is buffer and v.storage_offset() == i for i, v in enumerate(values))
     ):
         return buffer
-    buffer = torch.stack(values)
+    # Converted where ``module.to(…)`` has converted the parameters.
+    buffer = torch.stack([value.to(device, dtype) for value in values])
     for param, value in zip(params, buffer.unbind(), strict=True):
         optimizer.state[param][name] = value
     return buffer

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, TypeAlias, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from lightning_sgd._validation import (
     Words,
     expect,
     is_finite_at_least,
+    plain_number,
     warn_no_effect,
     warn_outside_intended_use,
 )
@@ -27,12 +27,13 @@ from lightning_sgd.functional.optim.mass import (
     mass_parameters_from_steps,
 )
 from lightning_sgd.functional.optim.mass_theory import mass_hyperparameters
-from lightning_sgd.optimizers._tensors import refuse_complex, tensors_by_type
+from lightning_sgd.optimizers._base import GroupwiseOptimizer, Kernels, ParamGroup, lr_on
+from lightning_sgd.optimizers._tensors import tensors_by_type
 
-ParamGroup: TypeAlias = dict[str, Any]
+_KERNELS = Kernels(mass_for_loop_, mass_foreach_, mass_fused_, fused_mass_works)
 
 
-class MaSS(Optimizer):
+class MaSS(GroupwiseOptimizer):
     r"""Nesterov SGD with a compensation term that keeps it stable at SGD's step size.
 
     With the gradient :math:`g_t` taken at the parameters :math:`u_t`, and ``lr`` [η1], ``alpha`` [α],
@@ -90,6 +91,9 @@ class MaSS(Optimizer):
         Chaoyue Liu, Mikhail Belkin. Accelerating SGD with momentum for over-parameterized learning. ICLR 2020.
     """
 
+    state_names = ("momentum_buffer",)
+    suggested_lr = "Try 0.1."
+
     def __init__(
         self,
         params: ParamsT,
@@ -119,6 +123,7 @@ class MaSS(Optimizer):
             "fused": fused,
             "differentiable": differentiable,
         }
+        gamma, eta2 = plain_number(gamma), plain_number(eta2)
         if gamma is not None or eta2 is not None:
             if (alpha, kappa_tilde) != (0.05, 2.0):
                 warn_no_effect(
@@ -164,56 +169,30 @@ class MaSS(Optimizer):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group, which may set any of the constructor's arguments for itself."""
-        if "gamma" in param_group or "eta2" in param_group:
-            param_group.setdefault("lr", self.defaults["lr"])
-            _replace_steps(
-                param_group, param_group.pop("gamma", None), param_group.pop("eta2", None)
-            )
-        _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        refuse_complex(self.param_groups[-1]["params"], "MaSS")
         self.param_groups[-1].setdefault("last_lr", None)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def complete_group(self, group: ParamGroup) -> ParamGroup:
+        """Replace ``gamma`` and ``eta2`` by the ``alpha`` and ``kappa_tilde`` that mean the same."""
+        if "gamma" in group or "eta2" in group:
+            group.setdefault("lr", self.defaults["lr"])
+            _replace_steps(group, group.pop("gamma", None), group.pop("eta2", None))
+        return group
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step.
-
-        Args:
-            closure: Re-evaluates the model and returns the loss; called once, before gradients are read.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            with torch.set_grad_enabled(group["differentiable"]):
-                self._step_group(group)
-        return loss
-
-    def _step_group(self, group: ParamGroup) -> None:
+    def step_group(self, group: ParamGroup) -> None:
+        """Make the step of one parameter group."""
         if group["restart_on_lr_drop"] and group["lr"] < (group["last_lr"] or 0.0):
             self._restart(group)
         coefficients = mass_coefficients(group["alpha"], group["kappa_tilde"])
+        # torch's kernel writes no buffer without momentum.
+        obstacle = None if coefficients.gamma > 0 else "made for γ = 0"
         decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
-        lr = group["lr"]
         for kind, tensors in tensors_by_type(self, group, "momentum_buffer").items():
             params, grads, buffers = tensors
-            if isinstance(lr, Tensor):
-                lr = lr.to(kind.device)
+            lr = lr_on(kind.device, group["lr"])
             if decoupled and decay:
                 torch._foreach_mul_(params, 1 - lr * decay)
-            step = _choose_step(
-                kind.device.type,
-                kind.dtype,
-                kind.aligned and coefficients.gamma > 0,
-                group["foreach"],
-                group["fused"],
-                group["differentiable"],
-            )
+            step = self.select_kernel(_KERNELS, group, kind, obstacle)
             step(
                 params,
                 grads,
@@ -229,6 +208,30 @@ class MaSS(Optimizer):
         for param in group["params"]:
             if param in self.state:
                 self.state[param]["momentum_buffer"].zero_()
+
+    def check_group(self, group: ParamGroup) -> None:
+        """Raise where a setting is out of range, warn where it does nothing."""
+        super().check_group(group)
+        alpha, kappa_tilde = group["alpha"], group["kappa_tilde"]
+        expect(
+            not (isinstance(group["lr"], Tensor) and group["restart_on_lr_drop"]),
+            "lr",
+            "a float when `restart_on_lr_drop` is set",
+            Words("a tensor"),
+            "Comparing tensors would wait for the device at every step.",
+        )
+        expect(0 < alpha <= 1, "alpha", "in (0, 1]", alpha, "Try 0.05.")
+        fits = is_finite_at_least(kappa_tilde, 1)
+        expect(fits, "kappa_tilde", "at least 1", kappa_tilde, "Try 2.")
+        if kappa_tilde > (1 / alpha) * (1 + 1e-9):
+            warn_outside_intended_use(
+                f"`kappa_tilde` = {kappa_tilde:g} exceeds 1/alpha = {1 / alpha:g}: the momentum becomes negative "
+                "and MaSS slower than plain SGD. Use a value between 1 and 1/alpha."
+            )
+        if group["decoupled_weight_decay"] and group["weight_decay"] == 0:
+            warn_no_effect("`decoupled_weight_decay` has no effect while `weight_decay` is 0.")
+        if group["differentiable"] and (group["foreach"] or group["fused"]):
+            warn_no_effect("`foreach` and `fused` have no effect while `differentiable` is set.")
 
     @contextmanager
     def swap_to_w(self) -> Iterator[None]:
@@ -270,30 +273,6 @@ class MaSS(Optimizer):
                     yield param, param + self.state[param]["momentum_buffer"] * (lr * scale)
 
 
-@cache
-def _choose_step(
-    device_type: str,
-    dtype: torch.dtype,
-    fusible: bool,
-    foreach: bool | None,
-    fused: bool | None,
-    differentiable: bool,
-) -> Callable[..., None]:
-    """The fastest implementation that is allowed and works; cached, so that it warns once."""
-    if differentiable or (foreach is False and not fused):
-        return mass_for_loop_
-    if fused or (fused is None and foreach is None):
-        if fusible and fused_mass_works(device_type, dtype):
-            return mass_fused_
-        if fused:
-            reason = "available" if fusible else "made for γ = 0 or gradients of other strides"
-            warn_no_effect(
-                f"`fused=True` has no effect for some {dtype} tensors on {device_type}: torch's kernel is not "
-                f"{reason}, multi-tensor operations are used instead."
-            )
-    return mass_foreach_
-
-
 def _replace_steps(group: ParamGroup, gamma: float | None, eta2: float | None) -> None:
     """Write (gamma, eta2) into a group as the (alpha, kappa_tilde) that mean the same."""
     if gamma is None or eta2 is None:
@@ -303,38 +282,3 @@ def _replace_steps(group: ParamGroup, gamma: float | None, eta2: float | None) -
     group["alpha"], group["kappa_tilde"] = mass_parameters_from_steps(
         gamma, eta2, float(group["lr"])
     )
-
-
-def _check_group(group: ParamGroup) -> None:
-    lr, alpha, kappa_tilde = group["lr"], group["alpha"], group["kappa_tilde"]
-    if isinstance(lr, Tensor):
-        expect(lr.numel() == 1, "lr", "a tensor of one element", lr.shape, "Use one lr per group.")
-        expect(
-            not group["restart_on_lr_drop"],
-            "lr",
-            "a float when `restart_on_lr_drop` is set",
-            Words("a tensor"),
-            "Comparing tensors would wait for the device at every step.",
-        )
-    else:
-        expect(is_finite_at_least(lr, 0), "lr", "a number ≥ 0", lr, "Try 0.1.")
-    expect(0 < alpha <= 1, "alpha", "in (0, 1]", alpha, "Try 0.05.")
-    expect(is_finite_at_least(kappa_tilde, 1), "kappa_tilde", "at least 1", kappa_tilde, "Try 2.")
-    if kappa_tilde > (1 / alpha) * (1 + 1e-9):
-        warn_outside_intended_use(
-            f"`kappa_tilde` = {kappa_tilde:g} exceeds 1/alpha = {1 / alpha:g}: the momentum becomes negative "
-            "and MaSS slower than plain SGD. Use a value between 1 and 1/alpha."
-        )
-    decay = group["weight_decay"]
-    expect(is_finite_at_least(decay, 0), "weight_decay", "a number ≥ 0", decay, "Use 0 for none.")
-    if group["decoupled_weight_decay"] and decay == 0:
-        warn_no_effect("`decoupled_weight_decay` has no effect while `weight_decay` is 0.")
-    expect(
-        not (group["foreach"] and group["fused"]),
-        "foreach",
-        "None or False beside `fused=True`",
-        True,
-        "Choose one implementation, or leave both to the default.",
-    )
-    if group["differentiable"] and (group["foreach"] or group["fused"]):
-        warn_no_effect("`foreach` and `fused` have no effect while `differentiable` is set.")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, TypeAlias, get_args, overload
+from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import ParamsT, StateDict
 
 from lightning_sgd._validation import (
     expect,
@@ -25,19 +23,25 @@ from lightning_sgd.functional.optim.novograd import (
     novograd_foreach_,
     novograd_fused_,
 )
+from lightning_sgd.optimizers._base import (
+    GroupwiseOptimizer,
+    Kernels,
+    ParamGroup,
+    check_betas,
+    lr_on,
+)
 from lightning_sgd.optimizers._tensors import (
     TensorType,
-    refuse_complex,
     refuse_sharded,
     restore_scalar_states,
     scalar_buffer,
     tensors_by_type,
 )
 
-ParamGroup: TypeAlias = dict[str, Any]
+_KERNELS = Kernels(novograd_for_loop_, novograd_foreach_, novograd_fused_, fused_novograd_works)
 
 
-class NovoGrad(Optimizer):
+class NovoGrad(GroupwiseOptimizer):
     r"""SGD with momentum on gradients that are normalised layer by layer.
 
     Every parameter tensor w, called a layer, keeps a momentum m of its shape and one number v. With its gradient
@@ -95,6 +99,9 @@ class NovoGrad(Optimizer):
         Second Moments. arXiv 1905.11286, 2020.
     """
 
+    state_names = ("momentum_buffer",)
+    suggested_lr = "Try 0.01."
+
     def __init__(
         self,
         params: ParamsT,
@@ -126,15 +133,13 @@ class NovoGrad(Optimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group, which may set any of the constructor's arguments for itself."""
-        _check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        refuse_complex(self.param_groups[-1]["params"], "NovoGrad")
-        refuse_sharded(self.param_groups[-1]["params"], "NovoGrad")
+    def check_params(self, params: list[Tensor]) -> None:
+        """Raise where the update rule is not defined for a parameter."""
+        super().check_params(params)
+        refuse_sharded(params, "NovoGrad")
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Go on from a saved state, the second moments with all their digits.
+        """Continue from a saved state, the second moments with all their digits.
 
         Args:
             state_dict: What ``state_dict`` of an optimizer gave.
@@ -142,27 +147,8 @@ class NovoGrad(Optimizer):
         super().load_state_dict(state_dict)
         restore_scalar_states(self, state_dict, "second_moment", "max_second_moment", "step")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step.
-
-        Args:
-            closure: Re-evaluates the model and returns the loss; called once, before gradients are read.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                self._step_group(group)
-        return loss
-
-    def _step_group(self, group: ParamGroup) -> None:
+    def step_group(self, group: ParamGroup) -> None:
+        """Make the step of one parameter group."""
         decoupled = group["decoupled_weight_decay"] or group["variant"] == "apex"
         decay = group["weight_decay"]
         beta1, beta2 = group["betas"]
@@ -176,8 +162,7 @@ class NovoGrad(Optimizer):
         )
         for kind, tensors in tensors_by_type(self, group, "momentum_buffer").items():
             params, grads, momenta = tensors
-            lr = group["lr"]
-            lr = lr.to(kind.device) if isinstance(lr, Tensor) else lr
+            lr = lr_on(kind.device, group["lr"])
             if decoupled and decay:
                 torch._foreach_mul_(params, 1 - lr * decay)
             coefficients = novograd_coefficients_(
@@ -187,7 +172,7 @@ class NovoGrad(Optimizer):
                 self._count(params) if group["variant"] == "apex" else None,
                 settings,
             )
-            step = _choose_step(*_fusible(kind, settings), group["foreach"], group["fused"])
+            step = self.select_kernel(_KERNELS, group, kind, _obstacle(kind, settings))
             step(
                 params,
                 grads,
@@ -201,60 +186,23 @@ class NovoGrad(Optimizer):
     def _count(self, params: list[Tensor]) -> Tensor:
         return scalar_buffer(self, params, "step").add_(1)
 
-
-def _fusible(kind: TensorType, settings: NovoGradSettings) -> tuple[str, torch.dtype, bool]:
-    """What decides whether the fused kernel can be used."""
-    on_cpu = kind.device.type == "cpu"
-    fusible = kind.aligned and settings.beta1 > 0 and (on_cpu or settings.uniform)
-    return kind.device.type, kind.dtype, fusible
-
-
-@cache
-def _choose_step(
-    device_type: str, dtype: torch.dtype, fusible: bool, foreach: bool | None, fused: bool | None
-) -> Callable[..., None]:
-    """The fastest implementation that is allowed and works; cached, so that it warns once."""
-    if foreach is False and not fused:
-        return novograd_for_loop_
-    if fused or (fused is None and foreach is None):
-        if fusible and fused_novograd_works(device_type, dtype):
-            return novograd_fused_
-        if fused:
-            reason = "available" if fusible else "made for β₁ = 0 or gradients of other strides"
-            if device_type != "cpu":
-                reason = "available for these settings outside the CPU"
-            warn_no_effect(
-                f"`fused=True` has no effect for some {dtype} tensors on {device_type}: torch's kernel is not "
-                f"{reason}, multi-tensor operations are used instead."
-            )
-    return novograd_foreach_
+    def check_group(self, group: ParamGroup) -> None:
+        """Raise where a setting is out of range, warn where it does nothing."""
+        super().check_group(group)
+        check_betas(group["betas"], "Try (0.95, 0.98).")
+        expect(
+            is_finite_at_least(group["eps"], 0), "eps", "a number ≥ 0", group["eps"], "Try 1e-8."
+        )
+        _check_variant(group)
+        if group["decoupled_weight_decay"] and group["weight_decay"] == 0:
+            warn_no_effect("`decoupled_weight_decay` has no effect while `weight_decay` is 0.")
 
 
-def _check_group(group: ParamGroup) -> None:
-    lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-    if isinstance(lr, Tensor):
-        expect(lr.numel() == 1, "lr", "a tensor of one element", lr.shape, "Use one lr per group.")
-    else:
-        expect(is_finite_at_least(lr, 0), "lr", "a number ≥ 0", lr, "Try 0.01.")
-    expect(
-        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-        "betas",
-        "two numbers in [0, 1)",
-        betas,
-        "Try (0.95, 0.98).",
-    )
-    expect(is_finite_at_least(eps, 0), "eps", "a number ≥ 0", eps, "Try 1e-8.")
-    expect(is_finite_at_least(decay, 0), "weight_decay", "a number ≥ 0", decay, "Use 0 for none.")
-    _check_variant(group)
-    if group["decoupled_weight_decay"] and decay == 0:
-        warn_no_effect("`decoupled_weight_decay` has no effect while `weight_decay` is 0.")
-    expect(
-        not (group["foreach"] and group["fused"]),
-        "foreach",
-        "None or False beside `fused=True`",
-        True,
-        "Choose one implementation, or leave both to the default.",
-    )
+def _obstacle(kind: TensorType, settings: NovoGradSettings) -> str | None:
+    """Return why the fused kernel cannot make the step with these settings."""
+    if kind.device.type != "cpu" and not settings.uniform:
+        return "available for these settings outside the CPU"
+    return None if settings.beta1 > 0 else "made for β₁ = 0"
 
 
 def _check_variant(group: ParamGroup) -> None:

@@ -18,8 +18,12 @@ from lightning_sgd.functional.optim.momentum_steps import (
     sgd_fused_,
 )
 from lightning_sgd.functional.optim.tra import InnerDecay
-from lightning_sgd.optimizers._stages import ParamGroup, Portion, StagedOptimizer, choose
+from lightning_sgd.optimizers._base import Kernels, ParamGroup, check_betas
+from lightning_sgd.optimizers._stages import Portion, StagedOptimizer
 from lightning_sgd.optimizers._tensors import TensorType
+
+_SGD_KERNELS = Kernels(sgd_for_loop_, sgd_foreach_, sgd_fused_, fused_sgd_works)
+_ADAM_KERNELS = Kernels(adam_for_loop_, adam_foreach_, adam_fused_, fused_adam_works)
 
 
 class TRSGD(StagedOptimizer):
@@ -119,8 +123,7 @@ class TRSGD(StagedOptimizer):
 
     def update(self, group: ParamGroup, kind: TensorType, portion: Portion) -> None:
         """Make the step of SGD."""
-        usable = kind.aligned and fused_sgd_works(kind.device.type, kind.dtype)
-        step = choose((sgd_for_loop_, sgd_foreach_, sgd_fused_), group, usable)
+        step = self.select_kernel(_SGD_KERNELS, group, kind)
         decay, momentum = group["weight_decay"], group["momentum"]
         step(*portion.tensors, lr=portion.lr, momentum=momentum, weight_decay=decay)
 
@@ -221,23 +224,17 @@ class TRAdam(StagedOptimizer):
     def check_group(self, group: ParamGroup) -> None:
         """Raise where a setting is out of range."""
         super().check_group(group)
-        betas, eps = group["betas"], group["eps"]
+        check_betas(group["betas"], "Try (0.9, 0.999).")
         expect(
-            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-            "betas",
-            "two numbers in [0, 1)",
-            betas,
-            "Try (0.9, 0.999).",
+            is_finite_at_least(group["eps"], 0), "eps", "a number ≥ 0", group["eps"], "Try 1e-8."
         )
-        expect(is_finite_at_least(eps, 0), "eps", "a number ≥ 0", eps, "Try 1e-8.")
 
     def update(self, group: ParamGroup, kind: TensorType, portion: Portion) -> None:
         """Make the step of Adam."""
         params, grads, averages, squares, *largest = portion.tensors
-        usable = kind.aligned and fused_adam_works(kind.device.type, kind.dtype)
         beta1, beta2 = group["betas"]
         settings = AdamSettings(beta1, beta2, group["eps"], group["weight_decay"])
-        step = choose((adam_for_loop_, adam_foreach_, adam_fused_), group, usable)
+        step = self.select_kernel(_ADAM_KERNELS, group, kind)
         step(
             params,
             grads,

@@ -1,13 +1,15 @@
-"""Finds the losses of the samples in a training step that returns their mean, weights them, and takes their scores."""
+"""Find the losses of the samples in a training step that returns their mean, weight them, and measure scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -39,7 +41,7 @@ class NeedsGraph(Exception):  # noqa: N818  # a signal, not an error
 
 
 class LossRecorder:
-    """Listens to one training step.
+    """Records the losses of one training step.
 
     Args:
         num_samples: Rows of the batch [b].
@@ -47,6 +49,7 @@ class LossRecorder:
         weights: Of the samples, of shape (b,), float32; ``None`` leaves the step as it is, to the last bit.
         batch: What a score function gets first.
         params: For ``grad_norm``.
+        logged: Numbers of the losses, in the order of the step, that only go to a log: they get no weights.
     """
 
     def __init__(
@@ -56,28 +59,47 @@ class LossRecorder:
         weights: Tensor | None = None,
         batch: Any = None,
         params: Sequence[Tensor] = (),
+        logged: AbstractSet[int] = frozenset(),
     ) -> None:
         self.num_samples, self.score, self.weights = num_samples, score, weights
-        self.batch, self.params = batch, list(params)
+        self.batch, self.params, self.logged = batch, list(params), logged
         self.classes: Tensor | None = None
-        self.num_losses = 0
+        self.unreached: set[int] = set()
         self.inputs: list[Tensor] = []
         self.was_missed = False
         self.other_rows: set[int] = set()
-        self._found: list[Tensor] = []
+        self._found: dict[int, Tensor] = {}
+        self._results: list[Node | None] = []
         self._unreduced: dict[int, tuple[Tensor, LossFunction, LossRule, Arguments]] = {}
         self._linear: tuple[Tensor, Tensor, bool] | None = None
 
     @property
     def scores(self) -> Tensor | None:
         """The score of each sample, of shape (b,), float32; several losses add up, gradients as if orthogonal."""
-        if not self._found:
-            return None
-        if len(self._found) == 1:
-            return self._found[0]
-        stacked = torch.stack(self._found)
+        found = list(self._found.values())
+        if len(found) <= 1:
+            return found[0] if found else None
+        stacked = torch.stack(found)
         adds_up = callable(self.score) or self.score in ("loss", "rho")
         return stacked.sum(0) if adds_up else stacked.square().sum(0).sqrt()
+
+    @property
+    def num_losses(self) -> int:
+        """How many losses count."""
+        return len(self._found)
+
+    def drop_unreached(self, output: Any) -> None:
+        """Forget losses that the training step does not return, alone or as a term, because it only logs them."""
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or loss.grad_fn is None:
+            return  # in manual optimization a step may return nothing
+        targets = {node for node in self._results if node is not None}
+        ends = {tensor.grad_fn for tensor in self.inputs if tensor.grad_fn is not None}
+        reached = _reached(loss.grad_fn, targets, ends)
+        self.unreached = {k for k, node in enumerate(self._results) if node not in reached}
+        self._found = {k: score for k, score in self._found.items() if k not in self.unreached}
+        # It got no weights, although it is trained on.
+        self.was_missed |= not self.logged <= self.unreached
 
     def note_linear(self, inputs: Tensor, outputs: Tensor, has_bias: bool) -> None:
         """Remember a linear layer, which may turn out to be the last one."""
@@ -90,7 +112,7 @@ class LossRecorder:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Tensor:
-        """In place of ``function(*args, **kwargs)``."""
+        """Compute ``function(*args, **kwargs)`` with weights, and the scores of the samples."""
         arguments = bound(rule, args, kwargs)
         reduction = arguments.get("reduction", "mean")
         if not self._counts(arguments):
@@ -101,14 +123,16 @@ class LossRecorder:
             self._unreduced[id(losses)] = (losses, function, rule, arguments)
             return losses
         self.inputs.append(arguments["input"])
+        if len(self._results) in self.logged:
+            return self._returned(function(*args, **kwargs))
         apart = self._apart(function, rule, arguments)
         self._note(function, rule, arguments, apart)
         if self.weights is None or apart is None:
-            return function(*args, **kwargs)
-        return apart.reduced(self._weights_on(apart.losses), reduction)
+            return self._returned(function(*args, **kwargs))
+        return self._returned(apart.reduced(self._weights_on(apart.losses), reduction))
 
     def mean(self, losses: Tensor, outputs: Tensor | None) -> Tensor:
-        """What :func:`priority_mean` does within a training step."""
+        """Compute :func:`priority_mean` within a training step."""
         expect(
             losses.shape == (self.num_samples,),
             "losses",
@@ -121,7 +145,8 @@ class LossRecorder:
             self._note(*known[1:], SampleLosses(losses))
         else:
             self._append(self._score_of(losses, outputs))
-        return losses.mean() if self.weights is None else (self._weights_on(losses) * losses).mean()
+        weighted = losses if self.weights is None else self._weights_on(losses) * losses
+        return self._returned(weighted.mean())
 
     def _counts(self, arguments: Arguments) -> bool:
         outputs = arguments["input"]
@@ -187,16 +212,34 @@ class LossRecorder:
             return last_layer_score(score, linear[0], linear[2])
 
     def _append(self, score: Tensor) -> None:
-        self.num_losses += 1
-        self._found.append(score.detach().float())
+        self._found[len(self._results)] = score.detach().float()
+
+    def _returned(self, result: Tensor) -> Tensor:
+        self._results.append(result.grad_fn)
+        return result
 
     def _weights_on(self, like: Tensor) -> Tensor:
         assert self.weights is not None
         return self.weights.to(like.device, non_blocking=True)
 
 
+def _reached(start: Node, targets: set[Node], ends: set[Node]) -> set[Node]:
+    """Search the graph of a loss for nodes, without going beyond others, which are the outputs of the network."""
+    reached: set[Node] = set()
+    seen, stack = {start}, [start]
+    while stack and len(reached) < len(targets):
+        node = stack.pop()
+        if node in targets:
+            reached.add(node)
+        elif node not in ends:
+            following = {after for after, _ in node.next_functions if after is not None} - seen
+            seen |= following
+            stack.extend(following)
+    return reached
+
+
 class LossInterceptor(TorchFunctionMode):
-    """While it is on, the loss functions of torch go through a recorder.
+    """Passes the losses of torch's functions to a recorder while it is on.
 
     Args:
         recorder: Of this step.
@@ -213,7 +256,7 @@ class LossInterceptor(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Let everything but losses pass."""
+        """Call anything but a loss as it is."""
         rule = RULES.get(func)
         if rule is not None:
             return self.recorder.call(func, rule, args, kwargs or {})
@@ -228,9 +271,9 @@ _ACTIVE: list[LossRecorder] = []
 
 
 class TrackedTensor(Tensor):
-    """Outputs of a network on their way to a loss, which they take to the recorder of the step.
+    """An output of a network: losses of it, and of what is computed from it, go to the recorder of the step.
 
-    What is computed from them is overheard too, and everything else as fast as ever.
+    Everything else in the step is as fast as without.
     """
 
     @classmethod
@@ -241,7 +284,7 @@ class TrackedTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Let everything but losses pass."""
+        """Call anything but a loss as it is."""
         rule = RULES.get(func)
         if rule is None or not _ACTIVE:
             default: Any = super().__torch_function__
@@ -252,7 +295,7 @@ class TrackedTensor(Tensor):
 
 @contextmanager
 def recording(recorder: LossRecorder) -> Iterator[None]:
-    """Let :func:`priority_mean` find the recorder."""
+    """Set the recorder for :func:`priority_mean` and tracked tensors."""
     _ACTIVE.append(recorder)
     try:
         yield

@@ -15,6 +15,9 @@ OTHER_SETTINGS: dict[str, dict[str, object]] = {
 }
 """By name, what distinguishes two instances in one Trainer, where a longer interval does not."""
 
+DEPRECATED = {"CommunicationMonitor": "communication/*"}
+"""By name, the keys that only ``trainer.callback_metrics`` still has."""
+
 
 def is_observer(plugin):
     """Whether it promises to leave training as it is."""
@@ -39,7 +42,13 @@ def subject(plugin):
     interval = "every_n_epochs" if "every_n_epochs" in SETTINGS[plugin.name] else "every_n_steps"
     longer = {interval: SETTINGS[plugin.name].get(interval, 1) + 1}
     other_settings = OTHER_SETTINGS.get(plugin.name, longer)
-    return Subject(make, plugin.metric_keys, is_observer(plugin), other_settings)
+    return Subject(
+        make,
+        plugin.metric_keys,
+        is_observer(plugin),
+        other_settings,
+        DEPRECATED.get(plugin.name),
+    )
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_gradients_that_are_gone_are_told(tmp_path, caplog):
 
         trainer(tmp_path, callbacks=[monitor]).fit(Tidy(SGD), batches())
     assert monitor.error_model() is None
-    assert "GradientErrorMonitor: no gradient was there to look at." in caplog.messages[-1]
+    assert "GradientErrorMonitor: no gradient was measured." in caplog.messages[-1]
 
 
 def test_lines_name_compressor_model_and_floor(tmp_path, caplog):
@@ -172,6 +172,19 @@ def test_lines_name_compressor_model_and_floor(tmp_path, caplog):
     delta, c = monitor.error_model()
     assert f"a relative error of {delta:.4g} and an absolute error of {c:.4g}" in last
     assert f"a squared distance of {biased_sgd_floor(PROBLEM, delta, c):.4g}." in last
+
+
+def test_a_training_that_resumes_without_the_monitor_forgets_what_another_one_measured(tmp_path):
+    # The step number says nothing about it: the checkpoint is from the middle of a training without a monitor.
+    plain = trainer(tmp_path, max_epochs=1)
+    plain.fit(Regression(SGD), batches())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    monitor = watch("bf16")
+    trainer(tmp_path, callbacks=[monitor]).fit(Regression(SGD), batches())
+    first = len(monitor.grad_sq)
+    resumed = trainer(tmp_path, callbacks=[monitor], max_epochs=2)
+    resumed.fit(Regression(SGD), batches(), ckpt_path=tmp_path / "plain.ckpt")
+    assert 0 < len(monitor.grad_sq) < first
 
 
 def test_it_looks_every_50_steps_by_default(tmp_path):

@@ -89,7 +89,7 @@ def fit(folder, of, callback, ranks=4):
             quiet.fit(module, loader(ranks))
         except UserWarning as warning:  # warnings are errors here
             return str(warning)
-        return callback.conclude(quiet, module)
+        return callback.describe_end(quiet, module)
 
     return work
 
@@ -102,7 +102,7 @@ def nonfinite():
 def test_the_line_at_the_end_names_rank_host_and_share(tmp_path):
     outcomes = run_as_torchrun(fit(tmp_path, nonfinite, monitor()), 4, tmp_path)
     steps = 2 * NUM_BATCHES
-    expected = f"rank 3 on host {HOST} was rejected in 100 % of steps, of {steps} in which it could be known."
+    expected = f"rank 3 on host {HOST} was rejected in 100 % of steps, of the {steps} that show it."
     assert [outcome.result for outcome in outcomes] == [expected] * 4, outcomes[0].error
 
 

@@ -14,7 +14,10 @@ from support.training import Regression, TwoOptimizers, batches, loss_of, traine
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_sgd import CriticalBatchSizeMonitor, LocalSGDStrategy
-from lightning_sgd.callbacks._batch_size_advice import advice, describe_scale
+from lightning_sgd.callbacks.critical_batch_size_monitor import (
+    describe_noise_scale,
+    recommend_batch_size,
+)
 from lightning_sgd.functional.noise.noise_scale import NoiseScale
 
 
@@ -143,7 +146,9 @@ def test_where_nothing_but_noise_is_seen_the_value_is_infinite_and_the_bound_is_
     assert found["critical_batch_size/high"] == math.inf
     assert 100 < found["critical_batch_size/low"] < found["critical_batch_size/noise_scale"]
     scale = monitor.noise_scale
-    assert advice(scale, 8).startswith(", above the 8 of a step: a larger batch pays. ")
+    assert recommend_batch_size(scale, 8).startswith(
+        ", above the 8 of a step: a larger batch pays. "
+    )
 
 
 # Training does not notice
@@ -172,7 +177,7 @@ def lines_of(tmp_path, caplog, monitor, module=None, loader=None, **settings):
 
 def test_lines_and_figure(tmp_path, caplog):
     first, last = lines_of(tmp_path, caplog, watch(save_figure=True, every_n_steps=7))
-    assert "noise scale from 16 gradients of batches of its own, 49 numbers of a sketch" in first
+    assert "noise scale from 16 gradients of extra batches, 49 numbers of a sketch" in first
     assert "over steps 0 to 7" in last
     assert "of a step" in last
     assert (tmp_path / "critical_batch_size.png").stat().st_size > 10_000
@@ -235,18 +240,27 @@ N = " times today's."
     ],
 )
 def test_advice(scale, batch_size, expected):
-    assert advice(scale, batch_size).startswith(f", {expected}")
+    assert recommend_batch_size(scale, batch_size).startswith(f", {expected}")
 
 
 def test_advice_without_ground():
-    assert advice(NoiseScale(9.0, 5.0, 15.0), None) == ". Batches up to about that size pay."
-    assert advice(NoiseScale(math.nan, 0.0, math.inf), 8) == ". Nothing follows from that."
+    assert (
+        recommend_batch_size(NoiseScale(9.0, 5.0, 15.0), None)
+        == ". Batches up to about that size pay."
+    )
+    assert (
+        recommend_batch_size(NoiseScale(math.nan, 0.0, math.inf), 8)
+        == ". Nothing follows from that."
+    )
 
 
 def test_a_noise_scale_in_words():
     scale = NoiseScale(123.4, 100.0, 200.0)
-    assert describe_scale(scale, [7]) == "noise scale 123 samples (between 100 and 200) at step 7"
-    assert describe_scale(NoiseScale(math.inf, 90.0, math.inf), [0, 9]) == (
+    assert (
+        describe_noise_scale(scale, [7])
+        == "noise scale 123 samples (between 100 and 200) at step 7"
+    )
+    assert describe_noise_scale(NoiseScale(math.inf, 90.0, math.inf), [0, 9]) == (
         "noise scale over steps 0 to 9, above 90 for certain"
     )
 
@@ -254,8 +268,9 @@ def test_a_noise_scale_in_words():
 def test_figures_can_be_drawn_of_anything():
     monitor = watch()
     assert len(monitor.plot().axes) == 2
-    monitor.times, monitor.batch_of_step = [0, 1], 32
-    monitor.values = {"noise_scale": [math.inf, 50.0], "low": [0.0, 40.0], "high": [math.inf, 60.0]}
+    monitor.batch_of_step = 32
+    monitor.history.add(0, {"noise_scale": math.inf, "low": 0.0, "high": math.inf})
+    monitor.history.add(1, {"noise_scale": 50.0, "low": 40.0, "high": 60.0})
     left, right = monitor.plot().axes
     assert right.lines[2].get_xdata()[0] == 50.0
     assert left.get_ylim()[1] < 10_000

@@ -14,7 +14,7 @@ from support.training import Regression, TwoOptimizers, batches, loss_of, traine
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_sgd import GaussianityMonitor, TailIndexMonitor, gradient_gaussianity
-from lightning_sgd.callbacks._gaussianity_history import GaussianityHistory
+from lightning_sgd.callbacks.gaussianity_monitor import GaussianityHistory
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -149,7 +149,7 @@ def test_a_step_with_too_few_gradients_is_not_tested(tmp_path, caplog):
     first, last = lines_of(caplog)
     assert "19 micro-batches of a step" in first
     assert "too few to test, which takes 20" in first
-    assert last == "GaussianityMonitor: no gradient noise was tested."
+    assert last == "GaussianityMonitor: no gradient noise was measured."
 
 
 # What is said
@@ -168,7 +168,7 @@ def test_the_verdict_comes_with_its_reason(tmp_path, caplog, law, words):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit_noise(tmp_path, monitor, law)
     first, last = lines_of(caplog)
-    assert "128 gradients of batches of its own, 300 coordinates, 0.154 MB, 50 random" in first
+    assert "128 gradients of extra batches, 300 coordinates, 0.154 MB, 50 random" in first
     assert last.startswith(f"GaussianityMonitor: at step 1 {words}")
     values = {name: series[-1] for name, series in monitor.history.values.items()}
     for what, prefix in (("random directions", ""), ("coordinates", "coordinate_")):
@@ -220,8 +220,8 @@ def _saved(state, folder):
 def test_nothing_noted_twice_and_nothing_to_draw():
     history, monitor = GaussianityHistory(), watch()
     found = gradient_gaussianity(normal(20, 5))
-    history.note(3, found, 4)
-    history.note(3, found, 4)
+    history.record(3, found, 4)
+    history.record(3, found, 4)
     assert history.times == [3]
     assert len(history.values["rejected"]) == 1
     assert len(monitor.plot().axes) == 2
@@ -244,9 +244,9 @@ def test_what_stands_in_the_way_is_said(tmp_path, caplog, module, data, reason):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         trainer(tmp_path, callbacks=[watch()], max_epochs=1).fit(module(), data())
     lines = lines_of(caplog)
-    assert "nothing can be tested, because " in lines[0]
+    assert "nothing can be measured, because " in lines[0]
     assert reason in lines[0]
-    assert lines[1] == "GaussianityMonitor: no gradient noise was tested."
+    assert lines[1] == "GaussianityMonitor: no gradient noise was measured."
 
 
 class _Rows(Stream):

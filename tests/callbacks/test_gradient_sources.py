@@ -42,9 +42,9 @@ class Sampler(GradientMonitor):
     """
 
     def __init__(self, every_n_steps=1, every_n_epochs=None, file=None, **settings):
-        super().__init__(every_n_steps, every_n_epochs, None)
         defaults = {"num_gradients": 2, "num_coordinates": None}
-        self.collector = GradientCollector(**{**defaults, **settings})
+        collector = GradientCollector(**{**defaults, **settings})
+        super().__init__(collector, every_n_steps, every_n_epochs, None)
         self.samples, self.weights, self.file = [], {}, file
 
     @property
@@ -60,11 +60,11 @@ class Sampler(GradientMonitor):
         self.samples.append(self.collector.sample(trainer, pl_module))
         return {"sampler/step": float(self.samples[-1].step)}
 
-    def announce(self, trainer, pl_module):
-        return self.collector.describe(trainer, pl_module)
-
-    def conclude(self, trainer, pl_module):
+    def describe_end(self, trainer, pl_module):
         return f"{len(self.samples)} samples."
+
+    def describe_findings(self):
+        raise NotImplementedError
 
     def on_fit_end(self, trainer, pl_module):
         if self.file is not None:
@@ -484,7 +484,7 @@ def lbfgs(params):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (lambda: TwoOptimizers(sgd), "in manual optimization nobody knows which backward passes"),
+        (lambda: TwoOptimizers(sgd), "in manual optimization it is not known which backward"),
         (lambda: Regression(lbfgs), "LBFGS takes several gradients at different points"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from types import SimpleNamespace
 
@@ -9,12 +10,17 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from support.strategy_training import FORK, Run, ddp
+from support.strategy_training import FORK, Run, ddp, sgd
+from support.training import Regression, TwoOptimizers
 
 from lightning_sgd import CommunicationMonitor, LocalSGDStrategy
-from lightning_sgd.callbacks._traffic_source import find_source
+from lightning_sgd.callbacks.communication_monitor.communication_monitor import (
+    COUNTS,
+    traffic_table,
+)
+from lightning_sgd.callbacks.communication_monitor.traffic_source import find_source
 from lightning_sgd.functional.distributed.flat_buffers import consensus_distance
-from lightning_sgd.functional.distributed.traffic import Traffic, blocked_share, traffic_table
+from lightning_sgd.functional.distributed.traffic import Traffic, blocked_share
 
 pytestmark = pytest.mark.timeout(60)
 NUM_STEPS, NUM_PARAMS = 14, 4 * 8 + 8 + 8 + 1
@@ -34,8 +40,72 @@ def monitor(**settings):
 def logged(folder):
     """By key, the values in the order of steps."""
     rows = np.genfromtxt(folder / "log/metrics.csv", delimiter=",", names=True, deletechars="")
-    found = {name: rows[name][rows["step"] > 0] for name in rows.dtype.names}
-    return {key.removeprefix("communication/"): v for key, v in found.items() if "/" in key}
+    # The first row is the look before the first step.
+    return {key.removeprefix("comm/"): rows[key][1:] for key in rows.dtype.names if "/" in key}
+
+
+class Losses(Regression):
+    """Logs its loss, as users do."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+def rows_of(folder):
+    """By key, the steps at which the file has values."""
+    with (folder / "log/metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    keys = rows[0].keys() - {"step", "epoch"}
+    return {key: [int(row["step"]) for row in rows if row[key]] for key in keys}
+
+
+def test_a_loss_and_what_the_same_step_sent_stand_beside_each_other(tmp_path):
+    logger = CSVLogger(tmp_path / "log", name="", version="")
+    watch = monitor(every_n_steps=2)
+    settings = {"callbacks": [watch], "logger": logger, "log_every_n_steps": 2}
+    Run(tmp_path, LocalSGDStrategy(period=1, **FORK), Losses(sgd), **settings)
+    found = rows_of(tmp_path)
+    every_other = list(range(1, NUM_STEPS, 2))  # Lightning counts steps from 0
+    assert found["loss"] == every_other
+    assert found["comm/bytes_per_step"] == every_other, "by the strategy"
+    assert found["comm/blocked_share"] == every_other, "by the monitor"
+    assert found["comm/consensus_distance"] == [0, *every_other], "and before the first step"
+
+
+@pytest.mark.parametrize(("every", "writer"), [(1, "the strategy"), (0, "the monitor")])
+def test_one_number_has_one_key(tmp_path, every, writer):
+    logger = CSVLogger(tmp_path / "log", name="", version="")
+    settings = {"callbacks": [monitor()], "logger": logger, "log_every_n_steps": every}
+    result = Run(tmp_path, LocalSGDStrategy(period=1, **FORK), **settings)
+    found = rows_of(tmp_path)
+    assert len(found["comm/bytes_per_step"]) == NUM_STEPS, f"only {writer} logs them"
+    assert not [key for key in found if key.startswith("communication/")]
+    last = result.ranks[0]["metrics"][-1]
+    names = {key.removeprefix("comm/") for key in found if key.startswith("comm/")}
+    assert names == {*COUNTS, "blocked_share", "consensus_distance"}
+    assert {f"communication/{name}" for name in names} <= set(last), "readable as before"
+    assert last["communication/bytes_per_step"] == 4 * (NUM_PARAMS + 2)
+
+
+class TwoSteps(TwoOptimizers):
+    """Steps both optimizers in every batch."""
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, 1)
+
+
+def test_a_step_is_a_batch_however_many_optimizers_it_has(tmp_path):
+    watch = monitor(every_n_steps=4)  # optimizer steps, two of which are a batch
+    logger = CSVLogger(tmp_path / "log", name="", version="")
+    settings = {"callbacks": [watch], "logger": logger, "log_every_n_steps": 0}
+    Run(tmp_path, ddp(), TwoSteps(sgd), **settings)
+    values = logged(tmp_path)
+    assert len(values["bytes_per_step"]) == NUM_STEPS // 2
+    np.testing.assert_allclose(values["bytes_per_step"], 4 * NUM_PARAMS)
+    first, _ = (tmp_path / "log/communication.md").read_text().splitlines()[2:]
+    assert first.startswith(f"| 0 | {NUM_STEPS} | {NUM_STEPS * 4 * NUM_PARAMS / 1e6:.4g} |")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

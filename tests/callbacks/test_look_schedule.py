@@ -12,34 +12,34 @@ from lightning_sgd.callbacks._monitoring.look_schedule import LookSchedule
 EIGHTH = 1 / 8 / 0.8  # of which four fifths are planned for
 
 
-def simulate(schedule, num_ticks, seconds_per_count=1.0, look=0.5, glance=0.125):
-    """The counts of full looks and of glances, where each takes a fixed time."""
-    costs, counts = {"look": look, "glance": glance}, {"look": [], "glance": []}
+def simulate(schedule, num_ticks, seconds_per_count=1.0, look=0.5, cheap=0.125):
+    """The counts of full looks and of cheap ones, where each takes a fixed time."""
+    costs, counts = {"look": look, "glance": cheap}, {"look": [], "glance": []}
     for now in range(num_ticks):
         if schedule.is_due(now):
-            rung = schedule.choose(now, now * seconds_per_count)
-            if rung is not None:
-                schedule.record(rung, now, costs[rung])
-                counts[rung].append(now)
+            kind = schedule.choose(now, now * seconds_per_count)
+            if kind is not None:
+                schedule.record(kind, now, costs[kind])
+                counts[kind].append(now)
     return counts["look"], counts["glance"]
 
 
 def test_a_schedule_by_hand():
-    # In eighths of a second: a count earns 1, a full look costs 4, a glance 1, and the first one nothing known. From 0:
-    # −4 is paid back at 4. Glances may have half of the budget g: at 9 the fifth would make 2·5 > 9. The full
-    # look is wanted from 10 on, and paid at 14, when 10 have been spent, 6 of them by glances.
-    schedule = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
-    looks, glances = simulate(schedule, 26)
+    # In eighths of a second: a count earns 1, a full look costs 4, a cheap one 1, the first of them unknown. From 0:
+    # −4 is paid back at 4. Cheap looks may have half of the budget g: at 9 the fifth would make 2·5 > 9. The full
+    # look is wanted from 10 on, and paid at 14, when 10 have been spent, 6 of them by cheap looks.
+    schedule = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, has_cheap_look=True)
+    looks, cheap_looks = simulate(schedule, 26)
     assert looks == [0, 14, 24]
-    assert glances == [4, 6, 7, 8, 10, 12, 15, 16, 18, 20, 22, 25]
+    assert cheap_looks == [4, 6, 7, 8, 10, 12, 15, 16, 18, 20, 22, 25]
     assert schedule.spent == (3 * 4 + 12) / 8
     assert schedule.spent_on_glances == 12 / 8
 
 
 def test_only_full_looks_by_hand():
     # Spent so far and as much again: 8 after the first, then 4 more for each.
-    looks, glances = simulate(LookSchedule(every=1, max_overhead=EIGHTH), 26)
-    assert (looks, glances) == ([0, 8, 12, 16, 20, 24], [])
+    looks, cheap_looks = simulate(LookSchedule(every=1, max_overhead=EIGHTH), 26)
+    assert (looks, cheap_looks) == ([0, 8, 12, 16, 20, 24], [])
 
 
 def test_ticks_are_multiples_of_the_interval():
@@ -49,21 +49,21 @@ def test_ticks_are_multiples_of_the_interval():
 
 def test_quick_looks_are_always_full():
     # On a small network nobody should have to wait ten epochs for the rank.
-    schedule = LookSchedule(every=1, max_overhead=0.5, full_every=10, can_glance=True)
-    looks, glances = simulate(schedule, 5, look=0.09, glance=0.05)
-    assert (looks, glances) == ([0, 1, 2, 3, 4], [])
-    assert not schedule.glances_between
+    schedule = LookSchedule(every=1, max_overhead=0.5, full_every=10, has_cheap_look=True)
+    looks, cheap_looks = simulate(schedule, 5, look=0.09, cheap=0.05)
+    assert (looks, cheap_looks) == ([0, 1, 2, 3, 4], [])
+    assert not schedule.alternates
 
 
 def test_affordable_but_slow_looks_are_full_every_so_often():
-    schedule = LookSchedule(every=2, max_overhead=1.0, full_every=3, can_glance=True)
-    looks, glances = simulate(schedule, 15)
-    assert (looks, glances) == ([0, 6, 12], [2, 4, 8, 10, 14])
-    assert schedule.glances_between
+    schedule = LookSchedule(every=2, max_overhead=1.0, full_every=3, has_cheap_look=True)
+    looks, cheap_looks = simulate(schedule, 15)
+    assert (looks, cheap_looks) == ([0, 6, 12], [2, 4, 8, 10, 14])
+    assert schedule.alternates
 
 
 def test_the_last_look_is_full_where_there_is_enough():
-    schedule = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
+    schedule = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, has_cheap_look=True)
     schedule.record("look", 0, 0.5)
     assert schedule.choose(8, 8.0, last=False) == "glance"
     assert schedule.choose(8, 8.0, last=True) == "look"
@@ -82,39 +82,39 @@ def test_the_last_look_is_full_where_there_is_enough():
 def test_the_budget_is_kept_and_full_looks_are_never_starved(
     every, share, look, cheaper, pace, full_every
 ):
-    schedule = LookSchedule(every, share, full_every, can_glance=True)
-    num_ticks, glance = 1000, look / cheaper
-    looks, glances = simulate(schedule, num_ticks, pace, look, glance)
-    made = sorted([(now, look) for now in looks] + [(now, glance) for now in glances])
+    schedule = LookSchedule(every, share, full_every, has_cheap_look=True)
+    num_ticks, cheap = 1000, look / cheaper
+    looks, cheap_looks = simulate(schedule, num_ticks, pace, look, cheap)
+    made = sorted([(now, look) for now in looks] + [(now, cheap) for now in cheap_looks])
     spent = 0.0
     for now, cost in made:
         spent += cost
-        # The first glance is made to learn what it costs.
-        slack = glance if glances and now == glances[0] else 0.0
+        # The first cheap look is made to learn what it costs.
+        slack = cheap if cheap_looks and now == cheap_looks[0] else 0.0
         assert now == 0 or spent <= 0.8 * share * now * pace * (1 + 1e-9) + slack
         assert now % every == 0
     assert all(np.diff(looks) >= every * full_every)
     # A full look comes once half of the budget, a tick ago, and the ladder allow it.
-    earned = 0.8 * share * pace * (num_ticks - 2 * every) / 2 - glance
+    earned = 0.8 * share * pace * (num_ticks - 2 * every) / 2 - cheap
     by_budget, by_ladder = earned / look - 1, (num_ticks - every) / (every * full_every)
     if by_ladder > 1 and by_budget > 1:
         assert len(looks) >= 2
 
 
 def test_without_a_limit_every_look_is_made_and_full():
-    schedule = LookSchedule(every=3, max_overhead=None, full_every=10, can_glance=True)
+    schedule = LookSchedule(every=3, max_overhead=None, full_every=10, has_cheap_look=True)
     assert simulate(schedule, 10, look=100.0) == ([0, 3, 6, 9], [])
     assert not schedule.needs_time
 
 
 def test_the_state_brings_back_everything_but_the_settings():
-    schedule = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
+    schedule = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, has_cheap_look=True)
     simulate(schedule, 13)
-    other = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
+    other = LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, has_cheap_look=True)
     other.load_state_dict(schedule.state_dict())
     assert other == schedule
     other.reset()
-    assert other == LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, can_glance=True)
+    assert other == LookSchedule(every=1, max_overhead=EIGHTH, full_every=10, has_cheap_look=True)
 
 
 @pytest.mark.parametrize(

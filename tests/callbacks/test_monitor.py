@@ -30,10 +30,10 @@ class Gambler(Monitor):
             raise RuntimeError("lost")
         return {"gambler/luck": 1.0}
 
-    def announce(self, trainer, pl_module):
+    def describe_start(self, trainer, pl_module):
         return "luck"
 
-    def conclude(self, trainer, pl_module):
+    def describe_end(self, trainer, pl_module):
         return "luck"
 
 
@@ -45,7 +45,7 @@ def states():
 
 @pytest.mark.parametrize("fails_at", [None, 1, 3])
 def test_random_states_are_kept_also_when_a_look_fails(tmp_path, monkeypatch, fails_at):
-    seen, tick = [], Monitor._tick
+    seen, tick = [], Monitor._look_if_affordable
 
     def watched(self, *args, **kwargs):
         before = states()
@@ -54,7 +54,7 @@ def test_random_states_are_kept_also_when_a_look_fails(tmp_path, monkeypatch, fa
         finally:
             seen.append(before == states())
 
-    monkeypatch.setattr(Monitor, "_tick", watched)
+    monkeypatch.setattr(Monitor, "_look_if_affordable", watched)
     run = trainer(tmp_path, callbacks=[Gambler(fails_at)], max_epochs=1)
     if fails_at is None:
         run.fit(Regression(partial(torch.optim.SGD, lr=0.1)), batches())
@@ -106,27 +106,27 @@ class Clock(Callback):
 
 
 class Slow(Monitor):
-    """A full look takes four eighths of a second, a glance one."""
+    """A full look takes four eighths of a second, a cheap one an eighth."""
 
-    def __init__(self, clock, max_overhead=1 / 8 / 0.8, can_glance=True):
+    def __init__(self, clock, max_overhead=1 / 8 / 0.8, has_cheap_look=True):
         super().__init__(1, None, max_overhead, full_every=10)
-        self.clock, self.looks, self.glances = clock, [], []
-        self.schedule.can_glance = can_glance
+        self.clock, self.looks, self.cheap_looks = clock, [], []
+        self.schedule.has_cheap_look = has_cheap_look
 
     def look(self, trainer, pl_module):
         self.clock.now += 4 / 8
         self.looks.append(trainer.global_step)
         return {"slow/all": 1.0, "slow/cheap": 1.0}
 
-    def glance(self, trainer, pl_module):
+    def cheap_look(self, trainer, pl_module):
         self.clock.now += 1 / 8
-        self.glances.append(trainer.global_step)
+        self.cheap_looks.append(trainer.global_step)
         return {"slow/cheap": 1.0}
 
-    def announce(self, trainer, pl_module):
+    def describe_start(self, trainer, pl_module):
         return "slow"
 
-    def conclude(self, trainer, pl_module):
+    def describe_end(self, trainer, pl_module):
         return "slow"
 
 
@@ -144,35 +144,35 @@ def test_the_first_look_is_paid_back_before_the_next(tmp_path, monkeypatch, capl
     with caplog.at_level(logging.INFO):
         fit(tmp_path, monitor, 25)
     assert monitor.looks == [0, 14, 24]
-    assert monitor.glances == [4, 6, 7, 8, 10, 12, 15, 16, 18, 20, 22, 25]
+    assert monitor.cheap_looks == [4, 6, 7, 8, 10, 12, 15, 16, 18, 20, 22, 25]
     assert monitor.state_dict()["seconds"] == 25.0
     expected = "slow, every step, 500.0 ms for a full look, at most 15.6% of the time, which pays"
     assert f"Slow: {expected} for the next look after 4 s; values go to no logger." in caplog.text
 
 
-def test_without_glances_only_full_looks_are_made(tmp_path, monkeypatch):
-    monitor = Slow(Clock(monkeypatch), can_glance=False)
+def test_without_cheap_looks_only_full_looks_are_made(tmp_path, monkeypatch):
+    monitor = Slow(Clock(monkeypatch), has_cheap_look=False)
     fit(tmp_path, monitor, 25)
-    assert (monitor.looks, monitor.glances) == ([0, 8, 12, 16, 20, 24], [])
+    assert (monitor.looks, monitor.cheap_looks) == ([0, 8, 12, 16, 20, 24], [])
 
 
 def test_without_a_limit_every_look_is_full(tmp_path, monkeypatch):
     monitor = Slow(Clock(monkeypatch), max_overhead=None)
     fit(tmp_path, monitor, 9)
-    assert (monitor.looks, monitor.glances) == (list(range(10)), [])
+    assert (monitor.looks, monitor.cheap_looks) == (list(range(10)), [])
 
 
 def test_the_last_look_is_full_if_there_is_enough_and_logs_only_what_is_new(tmp_path, monkeypatch):
-    # The glance after the last step says nothing of what the full look is made for.
+    # The cheap look after the last step says nothing of what the full look is made for.
     logger = CSVLogger(tmp_path, name="", version="")
     clock = Clock(monkeypatch)
     monitor = Slow(clock, max_overhead=1.0)
     fit(tmp_path, monitor, 5, logger=logger, log_every_n_steps=1)
-    assert (monitor.looks, monitor.glances) == ([0, 5], [1, 2, 3, 4, 5])
+    assert (monitor.looks, monitor.cheap_looks) == ([0, 5], [1, 2, 3, 4, 5])
     rows = np.genfromtxt(tmp_path / "metrics.csv", delimiter=",", names=True, deletechars="")
     cheap = rows["step"][~np.isnan(rows["slow/cheap"])]
     full = rows["step"][~np.isnan(rows["slow/all"])]
-    assert (cheap.tolist(), full.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 5])
+    assert (cheap.tolist(), full.tolist()) == ([0, 0, 1, 2, 3, 4], [0, 4])
 
 
 def test_what_has_been_spent_is_in_the_checkpoint(tmp_path, monkeypatch):
@@ -186,4 +186,4 @@ def test_what_has_been_spent_is_in_the_checkpoint(tmp_path, monkeypatch):
     module = Regression(partial(torch.optim.SGD, lr=0.1))
     run.fit(module, batches(), ckpt_path=tmp_path / "middle.ckpt")
     assert second.looks == [24]
-    assert second.glances == [15, 16, 18, 20, 22, 25]
+    assert second.cheap_looks == [15, 16, 18, 20, 22, 25]

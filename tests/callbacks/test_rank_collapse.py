@@ -17,6 +17,7 @@ from support.training import Regression, batches, trainer
 
 from lightning_sgd import MaSS, RankMonitor
 from lightning_sgd.callbacks._monitoring.monitor import Monitor
+from lightning_sgd.callbacks.rank_monitor.heat_map import MAX_LABELS, draw_heat_map
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5, weight_decay=0.05)
 
@@ -99,14 +100,14 @@ def test_values_can_be_monitored_by_other_callbacks(tmp_path):
 
 
 class SlowClock(Callback):
-    """A clock on which a batch takes one second, a full look half a second, and a glance an eighth."""
+    """A clock on which a batch takes one second, a full look half a second, and a cheap one an eighth."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
         monkeypatch.setattr(
             "lightning_sgd.callbacks._monitoring.monitor.time.perf_counter", lambda: self.now
         )
-        for name, seconds in (("look", 1 / 2), ("glance", 1 / 8)):
+        for name, seconds in (("look", 1 / 2), ("cheap_look", 1 / 8)):
             monkeypatch.setattr(RankMonitor, name, self.slow(getattr(RankMonitor, name), seconds))
 
     def slow(self, function, seconds):
@@ -120,7 +121,7 @@ class SlowClock(Callback):
         self.now += 1.0
 
 
-def test_glances_go_on_between_full_looks(tmp_path, monkeypatch, caplog):
+def test_cheap_looks_go_on_between_full_looks(tmp_path, monkeypatch, caplog):
     logger = CSVLogger(tmp_path, name="", version="")
     clock, weights = SlowClock(monkeypatch), Weights()
     monitor = watch(every_n_steps=1, max_overhead=1 / 8 / 0.8, tol=[0.01], log_bound=True)
@@ -146,7 +147,8 @@ def test_glances_go_on_between_full_looks(tmp_path, monkeypatch, caplog):
         ("rank/rank_0.01", full),
     ):
         there = ~np.isnan(rows[key])
-        assert rows["step"][there].tolist() == times
+        # Beside the loss of the step before; the first look stands at 0, too.
+        assert rows["step"][there].tolist() == [max(0, time - 1) for time in times]
         if key in by_numpy(weights.copies[0][0]):
             expected = [np.mean([by_numpy(w)[key] for w in weights.copies[t]]) for t in times]
             np.testing.assert_allclose(rows[key][there], expected, rtol=1e-3)
@@ -154,7 +156,7 @@ def test_glances_go_on_between_full_looks(tmp_path, monkeypatch, caplog):
     assert "in full at most every 10 looks, else only stable_rank, with a bound" in caplog.text
     assert "effective rank of 2 matrices went from" in caplog.text
     assert "in 24 steps" in caplog.text
-    assert ", as of step 24 of 25: `max_overhead` allowed no closer look since." in caplog.text
+    assert ", as of step 24 of 25: `max_overhead` allowed no full look since." in caplog.text
 
 
 def test_where_only_the_first_look_is_full_the_end_is_about_the_stable_rank(
@@ -178,14 +180,14 @@ def test_a_training_too_short_for_a_second_look_says_so(tmp_path, monkeypatch, c
     assert monitor.history.times == [0]
     assert "which pays for the next look after 4 s" in caplog.text
     expected = (
-        "effective rank was measured once, as of step 0 of 3: `max_overhead` allowed no closer look"
+        "effective rank was measured once, as of step 0 of 3: `max_overhead` allowed no full look"
     )
     assert f"RankMonitor: {expected} since." in caplog.text
 
 
-def test_measures_that_are_all_cheap_leave_nothing_to_glance_at():
-    assert not watch(measures=["stable_rank", "spectral_norm"]).schedule.can_glance
-    assert watch(measures=["stable_rank", "participation_ratio"]).schedule.can_glance
+def test_measures_that_are_all_cheap_leave_no_cheap_look():
+    assert not watch(measures=["stable_rank", "spectral_norm"]).schedule.has_cheap_look
+    assert watch(measures=["stable_rank", "participation_ratio"]).schedule.has_cheap_look
 
 
 def test_full_looks_cannot_be_every_zero():
@@ -333,6 +335,19 @@ def test_the_heat_map_goes_to_the_folder_and_to_tensorboard(tmp_path, caplog):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["images"] == ["rank/heat_map"]
     assert {"rank/rank_0.001", "rank/stable_rank"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("num", "labels"), [(1, 1), (MAX_LABELS, MAX_LABELS), (MAX_LABELS + 1, 31), (3000, MAX_LABELS)]
+)
+def test_a_heat_map_of_many_matrices_names_some_of_them(num, labels):
+    # matplotlib lays out every label: of 3000 matrices that took a minute, and the picture was 840 inches high.
+    names = [f"layer {index}" for index in range(num)]
+    axes = draw_heat_map("rank", names, [0, 5], torch.rand(2, num)).axes[0]
+    places = [round(place) for place in axes.get_yticks()]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [names[at] for at in places]
+    assert len(places) == labels
+    assert axes.figure.get_figheight() <= 40
 
 
 def test_a_module_without_matrices_is_refused(tmp_path):

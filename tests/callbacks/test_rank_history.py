@@ -9,7 +9,7 @@ from lightning_sgd.callbacks.rank_monitor.history import (
     RankHistory,
     describe_falls,
     find_fall,
-    mean_of_the_living,
+    mean_over_alive,
 )
 
 
@@ -37,8 +37,8 @@ def test_share_of_a_fall():
 def test_dead_layers_do_not_count_even_if_they_are_not_finite():
     values = torch.tensor([[1.0, float("nan"), 3.0], [2.0, float("inf"), 6.0]])
     alive = torch.tensor([True, False, True])
-    assert mean_of_the_living(values, alive).tolist() == [2.0, 4.0]
-    assert mean_of_the_living(values, torch.zeros(3, dtype=torch.bool)).isnan().all()
+    assert mean_over_alive(values, alive).tolist() == [2.0, 4.0]
+    assert mean_over_alive(values, torch.zeros(3, dtype=torch.bool)).isnan().all()
 
 
 def test_the_line_names_the_deepest_fall_and_the_dead():
@@ -80,7 +80,7 @@ def test_the_line_is_about_full_looks_where_there_are_two():
     expected = "effective rank of 1 matrices went from 8.0 to 6.0 in 9 steps"
     assert made.describe(["a"], 9).startswith(expected)
     assert made.describe(["a"], 12).endswith(
-        "half of it by step 9, as of step 9 of 12: `max_overhead` allowed no closer look since"
+        "half of it by step 9, as of step 9 of 12: `max_overhead` allowed no full look since"
     )
 
 

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_sgd import TailIndexMonitor, sample_stable
-from lightning_sgd.callbacks._gathering import gather
 from lightning_sgd.callbacks._monitoring.gradient_collector import GradientCollector
 from lightning_sgd.callbacks._monitoring.module_state import module_state_kept
+from lightning_sgd.callbacks._monitoring.step_gradients import gather_interleaved
 from lightning_sgd.functional.noise.gradient_sample import Coordinates, GradientSample
 from lightning_sgd.functional.noise.gradient_tail_index import gradient_tail_index
 
@@ -171,7 +171,9 @@ def test_monitors_that_ask_for_the_same_pay_once(tmp_path):
 
 
 def test_rows_of_all_ranks_are_in_the_order_of_their_batches(tmp_path):
-    found = run_ranks(lambda rank: gather(torch.arange(3.0)[:, None] * 2 + rank, 2), 2, tmp_path)
+    found = run_ranks(
+        lambda rank: gather_interleaved(torch.arange(3.0)[:, None] * 2 + rank, 2), 2, tmp_path
+    )
     assert [rows.flatten().tolist() for rows in found] == [[0, 1, 2, 3, 4, 5]] * 2
 
 
@@ -306,7 +308,7 @@ def test_lines_and_figure(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         trainer(tmp_path, callbacks=[monitor], max_epochs=1).fit(Regression(SGD), batches())
     first, last = (text for text in caplog.messages if text.startswith("TailIndexMonitor"))
-    assert "64 gradients of batches of its own, 49 coordinates, 0.0125 MB, every 7 steps" in first
+    assert "64 gradients of extra batches, 49 coordinates, 0.0125 MB, every 7 steps" in first
     alpha = monitor.values["coordinate"][-1]
     assert f"by coordinate α = {alpha:.2f} ± " in last
     assert f" at step 7, {monitor.verdict}; pooled as in the paper " in last

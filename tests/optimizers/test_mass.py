@@ -12,7 +12,6 @@ from pytorch_optimizer import AccSGD
 
 from lightning_sgd import MaSS, NoEffectWarning, OutsideIntendedUseWarning, mass_hyperparameters
 from lightning_sgd.functional.optim.mass import fused_mass_works, mass_coefficients
-from lightning_sgd.optimizers.mass import _choose_step
 
 IMPLEMENTATIONS = {
     "for-loop": {"foreach": False, "fused": False},
@@ -409,8 +408,7 @@ def test_falls_back_when_torch_takes_the_kernel_away(monkeypatch, failure):
         monkeypatch.delattr(torch, "_fused_sgd_")
     else:  # same name, other meaning
         monkeypatch.setattr(torch, "_fused_sgd_", lambda params, *a, **k: params[0].zero_())
-    for cached in (fused_mass_works, _choose_step):
-        cached.cache_clear()
+    fused_mass_works.cache_clear()
     try:
         problem = NoisyLeastSquares()
         automatic = problem.iterate(lambda params: MaSS(params, lr=0.02), steps=20)
@@ -419,8 +417,7 @@ def test_falls_back_when_torch_takes_the_kernel_away(monkeypatch, failure):
         with pytest.warns(NoEffectWarning, match="kernel is not available"):
             problem.iterate(lambda params: MaSS(params, lr=0.02, fused=True), steps=1)
     finally:
-        for cached in (fused_mass_works, _choose_step):
-            cached.cache_clear()
+        fused_mass_works.cache_clear()
 
 
 def test_param_groups_may_name_their_own_steps():
@@ -475,7 +472,6 @@ def test_settings_that_do_nothing_or_harm_are_named(settings, category):
 
 
 def test_fused_without_momentum_says_that_it_is_not_used():
-    _choose_step.cache_clear()
     u = torch.nn.Parameter(torch.ones(1))
     u.grad = torch.ones(1)
     with pytest.warns(NoEffectWarning, match="not made for γ = 0"):

@@ -21,7 +21,6 @@ from lightning_sgd.functional.optim.novograd import (
     novograd_for_loop_,
     novograd_fused_without_waiting_,
 )
-from lightning_sgd.optimizers.novograd import _choose_step
 
 IMPLEMENTATIONS = {
     "for-loop": {"foreach": False, "fused": False},
@@ -531,8 +530,7 @@ def test_falls_back_when_torch_takes_the_kernel_away(monkeypatch, failure):
         monkeypatch.delattr(torch, "_fused_sgd_")
     else:  # same name, other meaning
         monkeypatch.setattr(torch, "_fused_sgd_", lambda params, *a, **k: params[0].zero_())
-    for cached in (fused_novograd_works, _choose_step):
-        cached.cache_clear()
+    fused_novograd_works.cache_clear()
     try:
         automatic, foreach = parameters(), parameters()
         run(NovoGrad(automatic), automatic, steps=4)
@@ -541,8 +539,7 @@ def test_falls_back_when_torch_takes_the_kernel_away(monkeypatch, failure):
         with pytest.warns(NoEffectWarning, match="kernel is not available"):
             run(NovoGrad(params := parameters(), fused=True), params, steps=1)
     finally:
-        for cached in (fused_novograd_works, _choose_step):
-            cached.cache_clear()
+        fused_novograd_works.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -561,7 +558,6 @@ def test_half_precision_is_as_right_in_the_default_as_tensor_by_tensor(dtype, nu
 
 
 def test_fused_without_momentum_says_that_it_is_not_used():
-    _choose_step.cache_clear()
     with pytest.warns(NoEffectWarning, match="not made for β₁ = 0"):
         run(NovoGrad(params := parameters(), betas=(0.0, 0.98), fused=True), params, steps=1)
 

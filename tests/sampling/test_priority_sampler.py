@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_sgd.sampling import PriorityBatchSampler, PriorityDataLoader, PrioritySampler
+from lightning_sgd.sampling import PriorityBatchSampler, PrioritySampler
+from lightning_sgd.sampling.priority_loader import PriorityDataLoader
 
 
 class Numbers(Dataset):

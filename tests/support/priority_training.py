@@ -109,10 +109,12 @@ def loader(batch_format="tuple", num=N, **settings):
     return DataLoader(Clusters(batch_format, num), **{**defaults, **settings})
 
 
-def fit(tmp_path, callback, module=None, data=None, ckpt_path=None, callbacks=(), **settings):
+def fit(
+    tmp_path, callback, module=None, data=None, ckpt_path=None, callbacks=(), watch=True, **settings
+):
     """Train; returns module, draws, and the Trainer."""
     module, draws = module or Linear(), Draws()
-    defaults = {"max_epochs": 3, "callbacks": [callback, draws, *callbacks]}
+    defaults = {"max_epochs": 3, "callbacks": [callback, *([draws] if watch else []), *callbacks]}
     running = trainer(tmp_path, **{**defaults, **settings})
     running.fit(module, loader() if data is None else data, ckpt_path=ckpt_path)
     return module, draws.draws, running

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -95,42 +93,6 @@ def broadcast_traffic(num_bytes: int, num_ranks: int) -> tuple[float, int]:
         (3000.0, 1)
     """
     return (num_ranks - 1) * num_bytes / num_ranks, int(num_ranks > 1)
-
-
-def traffic_table(ranks: Sequence[tuple[Traffic, float]]) -> str:
-    """Markdown: what every rank has sent and waited, in all and per step.
-
-    Args:
-        ranks: By rank, its traffic and the seconds of training in which that happened.
-
-    Example:
-        >>> print(traffic_table([(Traffic(4e6, 8, 0.5, 10), 2.0)]))
-        | rank | steps | MB sent | kB per step | messages per step | blocked, s | blocked, ms per step | time blocked |
-        |---:|---:|---:|---:|---:|---:|---:|---:|
-        | 0 | 10 | 4 | 400 | 0.8 | 0.5 | 50 | 25.0 % |
-    """
-    titles = (
-        *("rank", "steps", "MB sent", "kB per step", "messages per step"),
-        *("blocked, s", "blocked, ms per step", "time blocked"),
-    )
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---:|" * len(titles)]
-    for rank, (traffic, seconds) in enumerate(ranks):
-        lines.append("| " + " | ".join(_cells(rank, traffic, seconds)) + " |")
-    return "\n".join(lines)
-
-
-def _cells(rank: int, traffic: Traffic, seconds: float) -> list[str]:
-    steps = max(traffic.num_steps, 1)
-    numbers = (
-        *(traffic.num_bytes / 1e6, traffic.num_bytes / 1e3 / steps, traffic.num_messages / steps),
-        *(traffic.seconds, 1e3 * traffic.seconds / steps),
-    )
-    known = ["not known" if math.isnan(x) else f"{x:.4g}" for x in numbers]
-    share = blocked_share(traffic, seconds)
-    return [
-        *(str(rank), str(traffic.num_steps), *known),
-        "not known" if math.isnan(share) else f"{share:.1%}".replace("%", " %"),
-    ]
 
 
 def blocked_share(traffic: Traffic, seconds: float) -> float:

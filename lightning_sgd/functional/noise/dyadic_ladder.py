@@ -1,9 +1,9 @@
 r"""Sums of 1, 2, 4, … consecutive samples, and the mean logarithm of their magnitudes, in one pass and O(1) memory.
 
 The sum of :math:`2^j` independent samples of a strictly stable law with index α is distributed as :math:`2^{j/\alpha}`
-times one of them, so that :math:`m_j = \mathrm E\ln|\text{sum of }2^j| = m_0 + j\ln 2/\alpha`. A *block* is what one
-sum of the top level is made of. What is kept of the blocks are sums over blocks, and sums of their products, from which
-the spread of any combination of the :math:`m_j` follows; both add up over chunks and ranks.
+times one of them, so that :math:`m_j = \mathrm E\ln|\text{sum of }2^j| = m_0 + j\ln 2/\alpha`. The samples of one sum
+of the top level are a *block*. Only sums over blocks and sums of products over blocks are kept. They determine the
+spread of any combination of the :math:`m_j`, and they add up over chunks and ranks.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**19
-"""Samples at a time: enough to make calls cheap, few enough for the cache."""
+"""Samples at a time: enough to hide the cost of calls, few enough for the cache."""
 PRODUCT = 16
-"""How many magnitudes are multiplied before one logarithm is taken."""
+"""Number of magnitudes that are multiplied before one logarithm is taken."""
 
 
 @dataclass(frozen=True)
 class LadderSums:
-    """What is kept of a stream of samples; float64 throughout.
+    """Sufficient statistics of a stream of samples, in float64.
 
     Attributes:
         log_sums: Sum over blocks of the logarithms, by level, shape (levels + 1,).
@@ -43,11 +43,11 @@ class LadderSums:
 
     @classmethod
     def empty(cls, levels: int, device: torch.device | str = "cpu") -> LadderSums:
-        """Nothing seen so far.
+        """Create the statistics of no samples.
 
         Args:
             levels: Number of doublings.
-            device: Where the numbers are kept.
+            device: Device of the tensors.
         """
         shapes = ((levels + 1,), (levels + 1,), (2 * levels + 2, 2 * levels + 2), (), (), ())
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
@@ -56,7 +56,7 @@ class LadderSums:
     def of_blocks(
         cls, logs: Tensor, counts: Tensor, num_samples: int, num_zeros: int
     ) -> LadderSums:
-        """Sum up what was found in some blocks.
+        """Sum the logarithms of some blocks.
 
         Args:
             logs: Sums of logarithms, shape (blocks, levels + 1).
@@ -70,7 +70,7 @@ class LadderSums:
 
     @property
     def levels(self) -> int:
-        """Number of doublings."""
+        """The number of doublings."""
         return len(self.log_sums) - 1
 
     def __add__(self, other: LadderSums) -> LadderSums:
@@ -79,10 +79,10 @@ class LadderSums:
 
 
 def pooled_sums(samples: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
-    """Sums over the complete blocks of one long sequence, and the samples that are left over.
+    """Sum over the complete blocks of one long sequence, and return the remaining samples.
 
-    Cost: about 4 ns per sample on one CPU core. In a first try the magnitudes are multiplied in groups of 16 before
-    logarithms are taken; where a product leaves the range of float64, each one gets a logarithm of its own.
+    Cost: about 4 ns per sample on one CPU core. Magnitudes are multiplied in groups of 16 and one logarithm is taken of
+    each product; if a product leaves the range of float64, logarithms of all magnitudes are taken instead.
 
     Args:
         samples: The sequence; any shape, read in memory order.
@@ -92,7 +92,7 @@ def pooled_sums(samples: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
     whole = flat.numel() >> levels << levels
     sums = LadderSums.empty(levels, flat.device)
     size = min(whole, max(CHUNK, 1 << levels))
-    # Memory that is used again costs no page faults, which would take longer than the arithmetic.
+    # Reused memory causes no page faults, which would take longer than the arithmetic.
     memory = torch.empty(2, size, dtype=torch.float64, device=flat.device)
     for chunk in torch.split(flat[:whole], size) if whole else ():
         sums = sums + _pooled_chunk(chunk, levels, memory)
@@ -100,7 +100,7 @@ def pooled_sums(samples: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
 
 
 def stream_sums(chunks: Iterable[Tensor], levels: int) -> LadderSums:
-    """Sums over a stream of chunks of any sizes; the samples left over at the end are dropped.
+    """Sum over a stream of chunks of any sizes; samples that fill no block at the end are dropped.
 
     Args:
         chunks: The parts of the sequence, in order.
@@ -115,10 +115,10 @@ def stream_sums(chunks: Iterable[Tensor], levels: int) -> LadderSums:
 
 
 def coordinate_sums(rows: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
-    """Sums over complete blocks of rows, every column a sequence of its own, and the rows that are left over.
+    """Sum over complete blocks of rows, with every column as a sequence of its own, and return the remaining rows.
 
-    What is added for a block is the mean over columns of their mean logarithms, so that the slope is the mean of the
-    slopes of the columns whatever their scales. Columns of which all sums of some level are zero are left out.
+    A block adds the mean over columns of their mean logarithms, so that the slope is the mean of the columns' slopes,
+    whatever their scales. Columns in which all sums of some level are zero are left out.
 
     Args:
         rows: Shape (samples, coordinates).
@@ -135,6 +135,7 @@ def coordinate_sums(rows: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
         alive = alive & nonzero.any(1)
         if level < levels:
             values = values[:, 0::2] + values[:, 1::2]
+    # Blocks in which no column is alive have no logarithm at all.
     found = alive.any(1) if whole else torch.zeros(0, dtype=torch.bool, device=rows.device)
     table = torch.where(alive, torch.stack(means), 0.0).sum(2) / alive.sum(1)
     counts = 0.5 ** torch.arange(levels + 1, dtype=torch.float64, device=rows.device) * 2**levels
@@ -144,7 +145,7 @@ def coordinate_sums(rows: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
 
 
 def _pooled_chunk(chunk: Tensor, levels: int, memory: Tensor) -> LadderSums:
-    """Sums over the blocks of a chunk that holds complete ones only; the memory has room for two chunks."""
+    """Sum over the blocks of a chunk of complete blocks; ``memory`` has room for two chunks."""
     num_samples, num_zeros = chunk.numel(), 0
     num_blocks = num_samples >> levels
     values, other = memory.unbind()
@@ -164,7 +165,7 @@ def _pooled_chunk(chunk: Tensor, levels: int, memory: Tensor) -> LadderSums:
 
 
 def _log_sums(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of ln|value| over each row without the zeros, and how many there are."""
+    """Return the sum of ln|value| over the values of each row that are not zero, and their number."""
     fast = _log_of_products(values)
     if fast is not None:
         return fast, torch.full_like(fast, values.shape[1])
@@ -176,7 +177,7 @@ def _log_sums(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_of_products(values: Tensor) -> Tensor | None:
-    """Σ ln|v| as Σ ln|Πv| of each row; ``None`` if a product is zero, rounded to a subnormal, or not finite."""
+    """Return Σ ln|v| of each row as Σ ln|Πv|; ``None`` if a product is zero, subnormal (rounded), or not finite."""
     num_rows, width = values.shape
     group = math.gcd(width, PRODUCT)
     values = values.view(num_rows, width // group, group).prod(dim=2).abs()

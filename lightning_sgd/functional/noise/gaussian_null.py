@@ -1,11 +1,11 @@
-r"""How many directions a test of normality rejects, and how many it would reject if the vectors were Gaussian.
+r"""Share of directions that a test of normality rejects, calibrated by Gaussian noise of the same covariance.
 
-Tests on several directions see the same vectors and depend on each other, the more so the fewer directions carry the
-noise. The share that is rejected then scatters far more than that of independent tests: in two effective dimensions
-half of the directions are rejected now and then at a level of 5 %, though the noise is Gaussian. So the share is
-compared with its own distribution under Gaussian noise of the covariance that was measured. With P the projections of
-m vectors, :math:`P Z^\top` with an m × m matrix Z of independent normal numbers is such noise in the same directions,
-as if orthonormal eigenvectors of the Gram matrix were replaced by Gaussian ones and its spectrum kept.
+Tests on several directions use the same vectors and depend on each other, the more so the fewer directions carry the
+noise. The rejected share then varies far more than that of independent tests: in two effective dimensions sometimes
+half of the directions are rejected at a level of 5 %, although the noise is Gaussian. So the share is compared with its
+distribution under Gaussian noise of the measured covariance. With P the projections of m vectors and Z an m × m matrix
+of independent normal numbers, :math:`P Z^\top` is such noise in the same directions, as if the orthonormal eigenvectors
+of the Gram matrix were replaced by Gaussian ones and its spectrum kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DirectionTests:
         rejected: Share of directions that are rejected at the level of one test.
         expected: Mean share for Gaussian noise.
         limit: Share above which ``p_value`` is at most the rate of false alarms.
-        p_value: Calibrated: how often Gaussian noise has this share or a larger one.
+        p_value: Calibrated p-value: how often Gaussian noise has this share or a larger one.
         statistic: Mean of the test statistic over directions.
         expected_statistic: The same for Gaussian noise, which depends on the number of vectors.
         num_directions: How many directions were tested.
@@ -77,7 +77,7 @@ def direction_tests(
     Cost: B + 1 sorts of all projections, and 2 m² R B operations.
 
     Args:
-        projections: Of m vectors on R directions, shape (R, m).
+        projections: Projections of m vectors on R directions, shape (R, m).
         generator: For the Gaussian noise, on the CPU.
         test: Name of the test.
         level: Level of the test on one direction.
@@ -100,6 +100,7 @@ def direction_tests(
         _shares(noise, test, level) for noise in _gaussian_like(usable, generator, num_bootstraps)
     ]
     shares, statistics = (torch.cat(values) for values in zip(*null, strict=True))
+    # Equal shares count as larger: p-values are never too small.
     exceeded = int((shares >= share).sum())
     return DirectionTests(
         float(share),
@@ -114,19 +115,20 @@ def direction_tests(
 
 
 def _scaled(projections: Tensor) -> Tensor:
-    """Centered and at most 1 before they become float32, which has room for neither large means nor all scales."""
+    """Centre and scale to at most 1 before the cast to float32, which can hold neither large means nor all scales."""
     centered = projections - projections.mean(dim=1, keepdim=True)
     return (centered / centered.abs().amax(dim=1, keepdim=True)).float()
 
 
 def _limit(shares: Tensor, rate: float) -> float:
-    """The share above which the calibrated p-value is at most ``rate``; infinite if no share is."""
+    """Return the share above which the calibrated p-value is at most ``rate``; infinite if there is none."""
+    # The factor: 0.01 · 200 must not be rounded to 1.99…
     rank = math.floor(rate * (len(shares) + 1) * (1 + 1e-9))
     return float(shares.sort(descending=True).values[rank - 1]) if rank else math.inf
 
 
 def _shares(projections: Tensor, test: TestName, level: float) -> tuple[Tensor, Tensor]:
-    """Of each of several sets (b, R, m): share rejected, and mean statistic."""
+    """Return the rejected share and the mean statistic of each of b sets, shape (b, R, m)."""
     statistic, p_value = TESTS[test](projections)
     return (p_value < level).double().mean(dim=-1), statistic.mean(dim=-1)
 
@@ -134,7 +136,7 @@ def _shares(projections: Tensor, test: TestName, level: float) -> tuple[Tensor, 
 def _gaussian_like(
     projections: Tensor, generator: torch.Generator, num_sets: int
 ) -> Iterator[Tensor]:
-    """Sets of projections (b, R, m) of Gaussian vectors with the covariance of these, which are centered."""
+    """Yield sets of projections (b, R, m) of Gaussian vectors with the covariance of these, which are centred."""
     num = projections.shape[1]
     batch = max(1, BATCH // projections.numel())
     for begin in range(0, num_sets, batch):

@@ -34,14 +34,14 @@ MIN_GRADIENTS = 20
 
 @dataclass(frozen=True)
 class GaussianitySettings:
-    """How noise is tested.
+    """Settings of the tests, shared by functions, metric and monitor.
 
     Attributes:
-        num_directions: Random directions, and as many coordinates [R].
+        num_directions: Number of random directions, and of coordinates [R].
         test: Name of the test on one direction.
         level: Level of the test on one direction.
-        false_alarm_rate: How often Gaussian noise may be called something else.
-        num_bootstraps: Samples of Gaussian noise for the calibration [B].
+        false_alarm_rate: Largest probability that Gaussian noise is called something else.
+        num_bootstraps: Number of samples of Gaussian noise for the calibration [B].
     """
 
     num_directions: int = 256
@@ -60,6 +60,7 @@ class GaussianitySettings:
         for name in ("level", "false_alarm_rate"):
             value = getattr(self, name)
             expect(0 < value < 1, name, "between 0 and 1", value, "Usual are 0.05 and 0.01.")
+        # The smallest p-value that B bootstraps can give is 1/(B + 1).
         least = math.ceil(NUM_FAMILIES / self.false_alarm_rate - 1e-9) - 1
         remedy = (
             "So small a rate of false alarms cannot be told with fewer; raise one or the other."
@@ -69,21 +70,22 @@ class GaussianitySettings:
 
     @property
     def family_rate(self) -> float:
-        """Rate of false alarms for random directions and coordinates each, together the stated one."""
+        """The rate of false alarms for each family of directions; by Bonferroni both together have the stated one."""
         return self.false_alarm_rate / NUM_FAMILIES
 
 
 @dataclass(frozen=True)
 class GaussianityResult:
-    """What is found in one sample of gradients.
+    """Results for one sample of gradients.
 
     Attributes:
-        random: Tests on random directions, which see whether lengths of the noise differ as those of Gaussian noise.
-        coordinate: Tests on single coordinates, which see the law of each.
+        random: Tests on random directions; they detect whether lengths of the noise vary more than those of Gaussian
+            noise.
+        coordinate: Tests on single coordinates; they detect the law of each coordinate.
         verdict: ``"Gaussian"`` if neither family rejects more directions than Gaussian noise does, at the rate of false
-            alarms for both together; that nothing speaks against it is no proof.
+            alarms for both together. This is no proof that the noise is Gaussian.
         norm_kurtosis: Excess kurtosis of projections on random directions.
-        effective_dimension: Over how many directions the noise spreads, at most as many as gradients.
+        effective_dimension: Number of directions over which the noise spreads, at most the number of gradients.
         rejected_anderson_darling: Share of the random directions that the test of Anderson and Darling rejects.
         random_quantiles: Mean order statistics of the projections on random directions, in standard deviations.
         coordinate_quantiles: The same by coordinate.
@@ -102,7 +104,7 @@ class GaussianityResult:
 
     @property
     def values(self) -> dict[str, float]:
-        """The numbers by name, but those of layers and quantiles."""
+        """The numbers by name, without layers and quantiles."""
         return {
             **_named(self.random, ""),
             **_named(self.coordinate, "coordinate_"),
@@ -131,8 +133,8 @@ def gradient_gaussianity(
     Args:
         rows: One gradient in each row, shape (m, d), m from 20 to 5000; the mean is subtracted here.
         generator: For directions, coordinates and the calibration, on the CPU; by default one with seed 0.
-        settings: How to test.
-        layers: Columns of parameters that are tested each by itself, too.
+        settings: Settings of the tests.
+        layers: Columns of the parameters that are also tested separately.
 
     Raises:
         ValueError: If there are too many gradients for the tests.
@@ -156,6 +158,7 @@ def gradient_gaussianity(
         return GaussianityResult(DirectionTests(), DirectionTests())
     gram = noise_gram(rows)
     drawn = gram_projections(gram, settings.num_directions, generator)
+    # Without replacement: a coordinate that is tested twice is no further evidence.
     columns = torch.randperm(rows.shape[1], generator=generator)[: settings.num_directions]
     single = rows[:, columns.to(rows.device)].T
     random, coordinate = (_tests(part, generator, settings) for part in (drawn, single))
@@ -195,6 +198,7 @@ def _verdict(
 ) -> GaussianityVerdict:
     if math.isnan(random.p_value):
         return "undecided"
+    # Random directions first: if noise is not Gaussian there, the coordinates do not matter.
     if random.p_value <= settings.family_rate:
         return "not Gaussian"
     if coordinate.p_value <= settings.family_rate:
@@ -217,14 +221,14 @@ def _by_layer(
 
 
 def _share(projections: Tensor, test: TestName, level: float) -> float:
-    """Share of directions rejected, NaN if there is no noise."""
+    """Return the share of rejected directions, NaN if there is no noise."""
     p_value = TESTS[test](projections).p_value
     usable = p_value[p_value.isfinite()]
     return float((usable < level).double().mean())
 
 
 def _quantiles(projections: Tensor) -> tuple[float, ...]:
-    """Mean over directions of the sorted projections, each less its mean and over its standard deviation."""
+    """Return the mean over directions of the sorted, standardised projections."""
     ordered = projections.cpu().double().sort(dim=1).values
     spread = ordered.std(dim=1, keepdim=True)
     usable = (spread > 0).squeeze(1)

@@ -29,24 +29,24 @@ class GradientSample:
 
     @property
     def noise(self) -> Tensor:
-        """Rows less their mean, times √(m/(m − 1)), so that variances are right; rows depend on each other."""
+        """The rows less their mean, times √(m/(m − 1)) for unbiased variances; these rows depend on each other."""
         num = len(self.rows)
         return (self.rows - self.rows.mean(dim=0)) * math.sqrt(num / max(num - 1, 1))
 
     @property
     def differences(self) -> Tensor:
-        """Of disjoint pairs of rows, over √2: half as many, independent, symmetric and of the same variance."""
+        """The differences of disjoint pairs of rows over √2: independent, symmetric, with the variance of a row."""
         pairs = self.rows[: len(self.rows) // 2 * 2]
         return (pairs[0::2] - pairs[1::2]) / math.sqrt(2)
 
     def finite(self) -> GradientSample:
-        """The same without the rows that overflowed."""
+        """Return the sample without rows that are not finite."""
         rows = self.rows[self.rows.isfinite().all(dim=1)]
         return GradientSample(rows, self.batch_size, self.layers, self.step)
 
 
 class Columns(ABC):
-    """What is kept of a gradient, parameter by parameter.
+    """A map from gradients to fewer numbers, parameter by parameter.
 
     Attributes:
         layers: Columns of each parameter.
@@ -57,10 +57,10 @@ class Columns(ABC):
     num_coordinates: int
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What is kept of a gradient, shape (s,).
+        """Map a gradient to its columns, shape (s,).
 
         Args:
-            tensors: One for each parameter, in order.
+            tensors: One tensor for each parameter, in order.
         """
         parts = [self.part(number, tensor) for number, tensor in enumerate(tensors)]
         wide = wide_dtype(parts)
@@ -68,23 +68,24 @@ class Columns(ABC):
 
     @abstractmethod
     def part(self, number: int, tensor: Tensor) -> Tensor:
-        """What is kept of one parameter's part.
+        """Map the gradient of one parameter to its columns.
 
         Args:
-            number: Place of the parameter.
-            tensor: Of its shape.
+            number: Index of the parameter.
+            tensor: Tensor of the parameter's shape.
         """
 
 
 class Coordinates(Columns):
     """A fixed subset of the coordinates of all parameters, spread evenly over each of them.
 
-    A parameter gets its share of the coordinates, at least one; in each of as many equal parts of it one is drawn.
+    A parameter gets a share of the coordinates by its size, at least one. It is cut into as many equal parts, and one
+    coordinate is drawn in each.
 
     Args:
         sizes: Number of coordinates by parameter.
-        num_coordinates: How many to take in all, about; ``None`` for all.
-        seed: Decides which.
+        num_coordinates: Approximate number of coordinates to take in all; ``None`` for all.
+        seed: Seed of the choice.
 
     Example:
         >>> coordinates = Coordinates({"weight": 12, "bias": 3}, num_coordinates=5, seed=0)
@@ -109,11 +110,11 @@ class Coordinates(Columns):
         self.num_coordinates = begin
 
     def part(self, number: int, tensor: Tensor) -> Tensor:
-        """The values at the coordinates that belong to one parameter.
+        """Select the values at the coordinates of one parameter.
 
         Args:
-            number: Place of the parameter.
-            tensor: Of its shape.
+            number: Index of the parameter.
+            tensor: Tensor of the parameter's shape.
         """
         flat, index = flattened(tensor), self.indices[number]
         if index is None:
@@ -123,19 +124,19 @@ class Coordinates(Columns):
 
 
 def wide_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """What numbers of these tensors are kept in: float64 if one of them is, else float32.
+    """Return float64 if one of the tensors has it, else float32.
 
     Args:
-        tensors: Of floating-point types.
+        tensors: Tensors of floating-point types.
     """
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def flattened(tensor: Tensor) -> Tensor:
-    """All numbers in a row, zeros of sparse tensors included, without a graph.
+    """Flatten a tensor, with the zeros of sparse tensors, without a graph.
 
     Args:
-        tensor: Dense or sparse.
+        tensor: Dense or sparse tensor.
     """
     tensor = tensor.detach()
     return (tensor.to_dense() if tensor.layout != torch.strided else tensor).flatten()

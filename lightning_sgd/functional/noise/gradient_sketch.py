@@ -1,13 +1,13 @@
-"""Short vectors that have the norms and inner products of gradients, up to a small error without a bias.
+"""Short vectors that have the norms and inner products of gradients up to a small, unbiased error.
 
 A count sketch adds every coordinate, with a random sign, to a random one of a few buckets. Products of two different
-coordinates have the mean 0 by their signs, so that for all x and y
+coordinates have the mean 0 because of their signs, so that for all x and y
 
     E⟨Sx, Sy⟩ = ⟨x, y⟩.
 
 Here blocks of 16 neighbours go to the same bucket for blocks, which takes a sixteenth of the random numbers and adds
-whole vectors. Every place has a sign of its own all the same: without, equal rows in the gradient of a layer, which are
-the rule for few samples, would cost most of the width. With k buckets for the blocks x_r of a parameter
+whole vectors. Still every coordinate has a sign of its own: otherwise equal rows in the gradient of a layer, which are
+common for few samples, would waste most of the width. With k buckets for the blocks x_r of a parameter
 
     Var ‖Sx‖² = (2/k)·Σ_{r ≠ q} Σ_i x_ri²·x_qi² ≤ (2/k)·‖x‖⁴,
 
@@ -25,24 +25,24 @@ from torch.nn.functional import embedding_bag
 from lightning_sgd.functional.noise.gradient_sample import Columns, flattened, wide_dtype
 
 BLOCK = 16
-"""Coordinates that go to one bucket."""
+"""Number of coordinates that go to one bucket."""
 _PIECE = 2**17
-"""Coordinates that are taken at a time; they stay in the cache."""
+"""Number of coordinates at a time; they stay in the cache."""
 _SHIFT, _NUM_SHIFTS = 977, 2**12
-"""From piece to piece the same signs begin somewhere else."""
+"""In each piece the same signs are used from another beginning on."""
 
 
 class CountSketch(Columns):
     """A linear map that keeps norms and inner products of gradients, parameter by parameter, on average over seeds.
 
-    One half of the width is shared out to the parameters by their sizes, the other half equally. Small parameters are
-    kept as they are. Cost of a gradient: a pass over it; memory of the map: four bytes for sixteen coordinates, and at
-    most half a megabyte for signs; for a moment, a copy of the gradient of one parameter.
+    One half of the width is divided among the parameters by their sizes, the other half equally. Small parameters are
+    kept as they are. Cost of a gradient: one pass. Memory: four bytes for sixteen coordinates, at most half a megabyte
+    for signs, and temporarily a copy of the gradient of one parameter.
 
     Args:
         sizes: Number of coordinates by parameter.
-        num_coordinates: Width of the sketch, about; ``None`` keeps gradients as they are.
-        seed: Decides on buckets and signs.
+        num_coordinates: Approximate width of the sketch; ``None`` keeps gradients as they are.
+        seed: Seed of buckets and signs.
 
     Attributes:
         layers: Which columns belong to which parameter.
@@ -60,7 +60,7 @@ class CountSketch(Columns):
     def __init__(self, sizes: Mapping[str, int], num_coordinates: int | None, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         num_signs = min(_PIECE, max(sizes.values(), default=0)) + _NUM_SHIFTS
-        # Not narrower: products of two types are ten times as slow.
+        # Not in a narrower type: products of two different types are ten times as slow.
         self._signs = torch.randint(2, (num_signs,), generator=generator).float() * 2 - 1
         whole = max(sum(sizes.values()), 1)
         self.layers = {}
@@ -77,23 +77,23 @@ class CountSketch(Columns):
         self.num_coordinates = begin
 
     def part(self, number: int, tensor: Tensor) -> Tensor:
-        """The columns that belong to one parameter.
+        """Compute the columns of one parameter.
 
         Args:
-            number: Place of the parameter.
-            tensor: Of its shape.
+            number: Index of the parameter.
+            tensor: Tensor of the parameter's shape.
         """
         flat, bags = flattened(tensor), self._bags[number]
         if bags is None:
             return flat
         order, begins = self._bags[number] = bags[0].to(flat.device), bags[1].to(flat.device)
-        # Sums over given rows, several times as fast as adding row by row to where it belongs.
+        # Sums over lists of rows are several times as fast as `index_add`.
         both = embedding_bag(order, self._signed(flat).view(-1, BLOCK), begins, mode="sum")
         plus, minus = both.chunk(2)
         return (plus - minus).flatten()
 
     def _signed(self, flat: Tensor) -> Tensor:
-        """A wide copy in whole blocks, with signs."""
+        """Copy to at least float32, padded to whole blocks, with random signs."""
         self._signs = signs = self._signs.to(flat.device, wide_dtype([flat]))
         signed = signs.new_zeros(-(-len(flat) // BLOCK) * BLOCK)
         for count, piece in enumerate(torch.split(flat, _PIECE)):
@@ -104,10 +104,10 @@ class CountSketch(Columns):
 
 
 def _draw(size: int, num_buckets: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Blocks bucket by bucket, and where each bucket begins.
+    """Draw the blocks of each bucket, bucket after bucket, and where each bucket begins.
 
-    There are twice as many, and those of the second half are subtracted: whole blocks have a sign, too, so that places
-    with the same sign do not add up.
+    There are twice as many buckets, and those of the second half are subtracted: so whole blocks have a random sign,
+    too, and blocks whose signs repeat do not add up.
     """
     num_blocks = -(-size // BLOCK)
     buckets = torch.randint(2 * num_buckets, (num_blocks,), generator=generator)

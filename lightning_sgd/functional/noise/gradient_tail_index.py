@@ -1,4 +1,8 @@
-"""Tail indices of gradient noise: of each coordinate over batches, and of all coordinates thrown together."""
+"""Tail indices of gradient noise: of each coordinate over batches, and of all coordinates pooled.
+
+The paper pools all coordinates, as if they were independent and of one law. In a network they are neither: unequal
+scales alone make Gaussian noise look heavy-tailed. The index by coordinate needs no such assumption.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,15 @@ NOTHING = TailIndexResult(math.nan, math.nan)
 
 @dataclass(frozen=True)
 class GradientTailIndex:
-    """What is found in one sample of gradients.
+    """Tail indices of one sample of gradients.
 
     Attributes:
-        coordinate: By coordinate over batches, from differences of pairs; 1/α is averaged over coordinates.
-        pooled: Of all entries of the noise as one sequence, batch after batch, by the paper's estimator.
-        pooled_profile: Ladder of the same sequence.
-        pooled_shuffled: The paper's estimator for the same entries in random order; equal but for noise if they were
-            independent and of one law, as the estimator supposes.
-        layers: As ``coordinate``, by parameter.
+        coordinate: Index by coordinate over batches, from differences of pairs; 1/α is averaged over coordinates.
+        pooled: Index of all entries of the noise as one sequence, batch after batch, by the paper's estimator.
+        pooled_profile: Dyadic index and profile of the same sequence.
+        pooled_shuffled: The paper's estimator for the same entries in random order. It equals ``pooled`` up to noise if
+            they are independent and of one law, as the estimator supposes.
+        layers: Index by coordinate of each parameter.
     """
 
     coordinate: TailIndexResult
@@ -47,8 +51,8 @@ def gradient_tail_index(
 
     Args:
         sample: Gradients at one point.
-        generator: For the random order, on the CPU.
-        layers: Whether to measure each parameter, too.
+        generator: Source of the random order, on the CPU.
+        layers: Whether to measure each parameter as well.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -78,4 +82,5 @@ def _paper(entries: Tensor) -> TailIndexResult:
     if num < MIN_SAMPLES:
         return NOTHING
     length = largest_divisor(num)
+    # A prime number has no such divisor: take ⌊√K⌋ and leave the last entries out.
     return log_moment_tail_index(entries, length if length > 1 else math.isqrt(num))

@@ -1,11 +1,10 @@
-r"""Random projections of many vectors, from nothing but their inner products.
+r"""Random projections of many vectors, computed from their inner products alone.
 
 The projections of rows :math:`u_1, …, u_m` on a direction v with independent normal coordinates are, given the rows, a
 normal vector with covariance :math:`K = UU^\top`. So they can be drawn from the m × m Gram matrix, exactly in law, and
-no direction of the size of the model is needed: any number of them costs :math:`m^2` each, and Gram matrices of layers
-or shards add up. It is also what random directions can see at all: if rows are of one length and orthogonal, their
-projections are independent and normal whatever the law of the coordinates. The excess kurtosis that they show is that
-of the lengths.
+no direction of the size of the model is needed: each costs :math:`m^2`, and Gram matrices of layers or shards add up.
+This also limits what random directions can detect: if the rows have one length and are orthogonal, their projections
+are independent and normal whatever the law of the coordinates. Any excess kurtosis comes from unequal lengths.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ _GIVE_PRODUCTS = "Give the inner products of m vectors."
 
 
 def noise_gram(rows: Tensor) -> Tensor:
-    """Gram matrix of rows less their mean, with products and sums in float64, without a wide copy of all rows.
+    """Compute the Gram matrix of rows less their mean, in float64, without a float64 copy of all rows.
 
     Args:
         rows: Shape (m, d).
 
     Returns:
-        Shape (m, m), in float64; each row of it sums to zero. Those of parts of the columns add up.
+        Shape (m, m), in float64; each of its rows sums to zero. Gram matrices of parts of the columns add up.
 
     Example:
         >>> noise_gram(torch.tensor([[3.0, 4.0], [1.0, 4.0]]))
@@ -52,7 +51,7 @@ def gram_projections(
     .. math::
         z^{(r)} = V \Lambda^{1/2} \xi^{(r)}, \qquad K = V \Lambda V^\top, \quad \xi^{(r)} \sim N(0, I_m)
 
-    Exact in law, all directions together: they are drawn in the span of the vectors, which is all that counts.
+    Exact in law, jointly over all directions: only their parts in the span of the vectors matter.
 
     Args:
         gram: Inner products of the vectors [K], shape (m, m).
@@ -79,10 +78,10 @@ def gram_projections(
     if not bool(gram.isfinite().all()):
         return torch.full_like(normal, torch.nan).to(gram.device)
     # `eigh` reads one triangle only, and a negative eigenvalue would be cut to zero: both would hide a wrong matrix.
-    skew = float((gram - gram.mT).abs().amax()) if len(gram) else 0.0
+    skew = float((gram - gram.mT).abs().amax())
     values, vectors = torch.linalg.eigh(gram.double())
     lowest, largest = (float(value) for value in (values[0], values.abs().amax()))
-    rounding = len(gram) * torch.finfo(gram.dtype).eps * largest
+    rounding = 1e-2 * largest  # far above what sums over many coordinates lose in any type
     expect(skew <= rounding, "gram", "symmetric", f"a difference of {skew:g}", _GIVE_PRODUCTS)
     negative = "without negative eigenvalues"
     expect(lowest >= -rounding, "gram", negative, lowest, _GIVE_PRODUCTS)
@@ -91,18 +90,18 @@ def gram_projections(
 
 
 def effective_dimension(gram: Tensor) -> Tensor:
-    r"""Over how many directions vectors spread: the participation ratio of the spectrum.
+    r"""Compute over how many directions vectors spread: the participation ratio of the spectrum.
 
     .. math:: \frac{(\operatorname{tr} K)^2}{\operatorname{tr} K^2}
 
-    Between 1 and the number of vectors m, which bounds what can be seen of more dimensions. The lower it is, the more
-    do tests on random directions repeat each other.
+    Between 1 and the number of vectors m, even if the noise has more dimensions. The lower it is, the more do tests on
+    random directions depend on each other.
 
     Args:
         gram: Inner products of the vectors, shape (…, m, m).
 
     Returns:
-        Shape (…); NaN where the matrix is zero, not finite, or no vectors have these inner products.
+        Shape (…), in float64; NaN where the matrix is zero, not finite, or no vectors have these inner products.
 
     Raises:
         ValueError: If the matrices are not square.
@@ -117,16 +116,16 @@ def effective_dimension(gram: Tensor) -> Tensor:
     dimension = squares.sum(dim=-1).square() / wide.square().sum(dim=(-2, -1))
     # By Cauchy and Schwarz no matrix of inner products has less than 1; finite traces over infinite products have 0.
     is_gram = (squares >= 0).all(dim=-1) & (dimension >= 1 - 1e-3)
-    return torch.where(is_gram, dimension, torch.nan).to(gram.dtype)
+    return torch.where(is_gram, dimension, torch.nan)
 
 
 def norm_excess_kurtosis(gram: Tensor) -> Tensor:
-    r"""Excess kurtosis of projections on random directions, by the lengths of the vectors.
+    r"""Compute the excess kurtosis of projections on random directions from the lengths of the vectors.
 
     .. math:: 3\,\frac{\operatorname{Var}(\|u\|^2)}{(\operatorname{E}\|u\|^2)^2}
 
-    All of it comes from lengths that differ, as in a mixture of scales; for normal vectors it is small in many
-    effective dimensions and 6 in one, where it says nothing against normality.
+    It comes from unequal lengths alone, as in a mixture of scales. For normal vectors it is small in many effective
+    dimensions and 6 in one, where it is no evidence against normality.
 
     Args:
         gram: Inner products of the vectors, shape (…, m, m).

@@ -4,9 +4,9 @@ A gradient of b samples has the mean G and the squared length E‖g‖² = ‖G�
 
     ‖G‖² ≈ mean of ⟨g_i, g_j⟩ over pairs,     Tr(Σ) ≈ b·(mean of ‖g_i‖² − that),
 
-both without a bias. It is what one gets from batches of b and of mb samples, the second being the mean of the first.
+both without a bias. Batches of b and of mb samples, the second being the mean of the first, give the same numbers.
 Their ratio Tr(Σ)/‖G‖² is the noise scale. Ratios of single estimates are biased and have no variance, so sums over
-looks are divided. Along the gradient, a quadratic model gives for steps of the best size
+points are divided. Along the gradient, a quadratic model gives for steps of the best size
 
     steps(B) = steps(∞)·(1 + scale/B),     samples(B) = samples(0)·(1 + B/scale).
 """
@@ -25,15 +25,15 @@ from lightning_sgd._validation import expect
 
 @dataclass(frozen=True, slots=True)
 class GradientNoise:
-    """What several gradients at one point say about signal and noise; sums over points are meaningful.
+    """Estimates of signal and noise from several gradients at one point; sums over points are meaningful.
 
     Attributes:
         trace: Variance of a gradient of one sample, summed over coordinates [Tr Σ].
         gradient_sq: Squared length of the mean gradient, without the noise in it; may be negative [‖G‖²].
-        var_trace: Variance of the first as an estimate.
-        var_gradient_sq: Variance of the second.
-        covariance: Of the two.
-        num_pairs: Gradients less 1.
+        var_trace: Variance of the estimate ``trace``.
+        var_gradient_sq: Variance of the estimate ``gradient_sq``.
+        covariance: Covariance of the two estimates.
+        num_pairs: Number of gradients less 1.
     """
 
     trace: float
@@ -46,11 +46,11 @@ class GradientNoise:
 
 @dataclass(frozen=True, slots=True)
 class NoiseScale:
-    """A noise scale and how well it is known.
+    """A noise scale with an interval.
 
     Attributes:
-        value: In samples; infinite where no gradient is seen in the noise.
-        low: Lower end of an interval of two standard errors, after Fieller.
+        value: The noise scale in samples; infinite if no gradient is found in the noise.
+        low: Lower end of Fieller's interval of two standard errors.
         high: Upper end; infinite where the gradient might be zero.
     """
 
@@ -60,10 +60,10 @@ class NoiseScale:
 
 
 def gradient_noise(rows: Tensor, batch_size: int) -> GradientNoise:
-    """Signal and noise in gradients at one point.
+    """Estimate signal and noise from gradients at one point.
 
     Variances are by the jackknife, leaving out one gradient at a time. They are too large by a factor between 1 and 2
-    where noise outweighs the mean gradient by far, never too small on average. For two gradients, where nothing can be
+    if noise outweighs the mean gradient by far, and never too small on average. For two gradients, of which none can be
     left out, they are second moments, which is right for the ratio of sums over many points.
 
     Args:
@@ -88,6 +88,7 @@ def gradient_noise(rows: Tensor, batch_size: int) -> GradientNoise:
     if m == 2:
         t, g = float(trace), float(gradient_sq)
         return GradientNoise(t, g, t * t, g * g, t * g, 1)
+    # The estimates without each gradient in turn, from sums of the one Gram matrix.
     left = _estimates(own.sum() - own, total - 2 * gram.sum(dim=1) + own, m - 1, batch_size)
     spread = torch.stack(left)
     spread = spread - spread.mean(dim=1, keepdim=True)
@@ -101,19 +102,19 @@ def _estimates(squares: Tensor, total: Tensor, m: int, b: int) -> tuple[Tensor, 
 
 
 def total_noise(looks: Sequence[GradientNoise]) -> GradientNoise:
-    """Sums over several points.
+    """Sum the estimates over several points.
 
     Args:
-        looks: At least one.
+        looks: Estimates of at least one point.
     """
     return GradientNoise(*(sum(column) for column in zip(*map(astuple, looks), strict=True)))
 
 
 def noise_scale(noise: GradientNoise) -> NoiseScale:
-    """Noise over signal, in samples.
+    """Divide noise by signal, in samples.
 
     Args:
-        noise: Of one point, or summed over several.
+        noise: Estimates of one point, or summed over several.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -126,7 +127,8 @@ def noise_scale(noise: GradientNoise) -> NoiseScale:
     value = s / g if g > 0 else (math.inf if s > 0 else math.nan)
     if noise.num_pairs < 2 or not math.isfinite(s + g):
         return NoiseScale(value, 0.0, math.inf)
-    # All θ with (s − θg)² ≤ 4·Var(s − θg): a quadratic inequality; the factor makes up for what the mean has used.
+    # Fieller: all θ with (s − θg)² ≤ 4·Var(s − θg), a quadratic inequality. The factor corrects the jackknife for few
+    # gradients. A ratio of normal estimates has no variance, so an interval value ± error would be wrong.
     factor = 4 * noise.num_pairs / (noise.num_pairs - 1)
     a = g * g - factor * noise.var_gradient_sq
     b = s * g - factor * noise.covariance
@@ -134,13 +136,13 @@ def noise_scale(noise: GradientNoise) -> NoiseScale:
     root = math.sqrt(max(b * b - a * c, 0.0))
     if a > 0 and g > 0:
         return NoiseScale(value, max((b - root) / a, 0.0), max((b + root) / a, 0.0))
-    # A gradient of length zero cannot be excluded: everything from some noise scale on is possible.
+    # A gradient of length zero cannot be excluded: the interval has no upper end.
     low = (b - root) / a if a < 0 < c else 0.0
     return NoiseScale(value, max(low, 0.0), math.inf)
 
 
 def power_of_two(samples: float) -> int:
-    """The nearest power of two, in logarithms, at least 1.
+    """Round to the nearest power of two, in logarithms, at least 1.
 
     Args:
         samples: A finite number.
@@ -153,14 +155,14 @@ def power_of_two(samples: float) -> int:
 
 
 def steps_ratio(scale: float, batch_size: float, new_batch_size: float) -> float:
-    """How many steps another batch size takes, each with its best step size, over those of this one.
+    """Compute the number of steps at another batch size over that at this one, each with its best step size.
 
-    One over it is how much larger the best step is.
+    Its inverse is the ratio of the best step sizes.
 
     Args:
         scale: The noise scale.
-        batch_size: Samples in a step now.
-        new_batch_size: Samples in a step then.
+        batch_size: Present number of samples in a step.
+        new_batch_size: New number of samples in a step.
 
     Example:
         >>> steps_ratio(scale=100, batch_size=100, new_batch_size=200)

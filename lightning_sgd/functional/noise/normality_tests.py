@@ -42,10 +42,9 @@ _TURNING_POINT = 5.709 / (2 * 0.0186)
 
 
 class NormalityTest(NamedTuple):
-    """What a test of normality finds in each row.
+    """Statistic and p-value of each row.
 
-    A pair: the test statistic, and the p-value, the probability that normal samples give one that speaks as much
-    against normality.
+    The p-value is the probability that normal samples give a statistic at least as far from that of a normal law.
     """
 
     statistic: Tensor
@@ -60,14 +59,14 @@ def shapiro_wilk(samples: Tensor, dim: int = -1) -> NormalityTest:
 
     is the squared correlation of the sorted samples with weights *a*, close to the expected order statistics of normal
     samples: 1 for perfectly normal ones, less for others. The most powerful of the three against most alternatives.
-    Ties are allowed; many of them speak against normality, as they should.
+    Ties are allowed; many ties are evidence against normality.
 
     Cost: a sort of each row, in the type of the samples; sums in float64. Equal to ``scipy.stats.shapiro`` to about
     1e-9 in W, which is the accuracy of its normal quantiles.
 
     Args:
         samples: Any number of dimensions; each row along ``dim`` is a sample of 3 to 5000 values.
-        dim: Along which dimension the values of one sample are.
+        dim: Dimension of the values of one sample.
 
     Returns:
         W and its p-value, in float64, without the dimension ``dim``; NaN for rows that are constant or not finite.
@@ -107,7 +106,7 @@ def anderson_darling(samples: Tensor, dim: int = -1) -> NormalityTest:
 
     Args:
         samples: Any number of dimensions; each row along ``dim`` is a sample of at least 3 values.
-        dim: Along which dimension the values of one sample are.
+        dim: Dimension of the values of one sample.
 
     Returns:
         A² and its p-value, in float64, without the dimension ``dim``; NaN for rows that are constant or not finite.
@@ -145,7 +144,7 @@ def jarque_bera(samples: Tensor, dim: int = -1) -> NormalityTest:
 
     Args:
         samples: Any number of dimensions; each row along ``dim`` is a sample of at least 3 values.
-        dim: Along which dimension the values of one sample are.
+        dim: Dimension of the values of one sample.
 
     Returns:
         JB and its p-value, in float64, without the dimension ``dim``; NaN for rows that are constant or not finite.
@@ -192,9 +191,9 @@ def _sorted(samples: Tensor, dim: int, largest: float = math.inf) -> Tensor:
 
 
 def _standardized(rows: Tensor) -> Tensor:
-    """In float64, less their mean, of length one; NaN if constant or not finite."""
+    """Convert to float64, subtract the mean and scale to length one; NaN if constant or not finite."""
     middle = rows[..., rows.shape[-1] // 2, None].double()
-    # A mean far from zero goes first, where the difference is exact.
+    # Subtract one of the values first: near a large mean this difference is exact, that of the mean is not.
     centered = rows.double() - torch.where(middle.isfinite(), middle, torch.nan)
     low, high = centered.aminmax(dim=-1, keepdim=True)
     largest = torch.maximum(high, -low)
@@ -213,7 +212,7 @@ def _length(vectors: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _weights(num: int) -> Tensor:
-    """The weights a, antisymmetric and of length one."""
+    """Compute the weights a, antisymmetric and of length one."""
     if num == MIN_SAMPLES:
         return torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) / math.sqrt(2)
     places = (torch.arange(1, num + 1, dtype=torch.float64) - 0.375) / (num + 0.25)
@@ -230,7 +229,7 @@ def _weights(num: int) -> Tensor:
 
 
 def _p_value_of_rest(rest: Tensor, num: int) -> Tensor:
-    """Royston's p-value of W from 1 - W."""
+    """Compute Royston's p-value of W from 1 - W."""
     if num == MIN_SAMPLES:
         angle = (1 - rest).sqrt().asin() - math.asin(math.sqrt(0.75))
         return (6 / math.pi * angle).clamp(0.0, 1.0)
@@ -248,7 +247,7 @@ def _p_value_of_rest(rest: Tensor, num: int) -> Tensor:
 
 
 def _stephens(adjusted: Tensor) -> Tensor:
-    """p-value of the adjusted A², without the rise of its parabola beyond the turning point."""
+    """Compute the p-value of the adjusted A²; beyond its turning point the fitted parabola would rise again."""
     x = adjusted.clamp(max=_TURNING_POINT)
     p_value = torch.full_like(x, torch.nan)
     for begin, coefficients in reversed(_LOWER):

@@ -30,7 +30,7 @@ _QUANTILE_RATIOS = {
     0.9: 7.9285,
     0.8: 10.479,
 }
-"""(q₉₅ − q₀₅)/(q₇₅ − q₂₅) of symmetric stable laws, by α."""
+"""(q₉₅ − q₀₅)/(q₇₅ − q₂₅) of symmetric stable laws, for each α."""
 
 
 def hill_tail_index(samples: Tensor, num_largest: int) -> float:
@@ -116,7 +116,7 @@ def dedh_tail_index(samples: Tensor, num_largest: int) -> float:
 def mcculloch_tail_index(samples: Tensor) -> float:
     """McCulloch's estimator: (q₉₅ − q₀₅)/(q₇₅ − q₂₅), looked up in its table for symmetric stable laws.
 
-    Between 0.8 and 2, where the table ends; sorts the samples.
+    The result is between 0.8 and 2, where the table ends. Cost: one sort of the samples.
 
     Args:
         samples: The samples, in any order.
@@ -142,15 +142,15 @@ def mcculloch_tail_index(samples: Tensor) -> float:
 
 
 def ecf_tail_index(samples: Tensor, arguments: tuple[float, float] = (0.2, 1.0)) -> float:
-    r"""Index from the empirical characteristic function φ of the samples over their median magnitude.
+    r"""Estimate the index by the empirical characteristic function φ of the samples over their median magnitude.
 
     .. math:: \alpha = \ln\frac{\ln|\varphi(t_1)|}{\ln|\varphi(t_2)|} \Big/ \ln\frac{t_1}{t_2}
 
-    The best of these for samples that may be of any symmetric stable law.
+    The most accurate of these estimators for symmetric stable laws.
 
     Args:
         samples: The samples, in any order.
-        arguments: Where φ is taken [t₁, t₂].
+        arguments: Points at which φ is evaluated [t₁, t₂].
 
     Raises:
         ValueError: If the arguments are not two different positive numbers.
@@ -169,7 +169,7 @@ def ecf_tail_index(samples: Tensor, arguments: tuple[float, float] = (0.2, 1.0))
         float(torch.exp(1j * t * flat / scale).mean().abs().log().neg()) for t in (first, second)
     ]
     if not min(decays) > 0:
-        return math.nan
+        return math.nan  # |φ| = 1, as for equal samples
     return math.log(decays[0] / decays[1]) / math.log(first / second)
 
 
@@ -180,7 +180,7 @@ def sample_stable(
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    r"""Independent samples of the symmetric α-stable law with characteristic function :math:`e^{-|st|^\alpha}`.
+    r"""Draw independent samples of the symmetric α-stable law with characteristic function :math:`e^{-|st|^\alpha}`.
 
     .. math::
         \frac{\sin\alpha U}{(\cos U)^{1/\alpha}} \Big(\frac{\cos((1-\alpha)U)}{W}\Big)^{(1-\alpha)/\alpha}, \qquad
@@ -192,7 +192,7 @@ def sample_stable(
         alpha: Index of the law [α], in (0, 2].
         shape: Shape of the tensor.
         scale: Scale of the law [s].
-        generator: Where the random numbers come from; by default torch's global generator.
+        generator: Source of the random numbers; by default torch's global generator.
         dtype: Type of the result; computed in float64.
 
     Raises:
@@ -213,7 +213,7 @@ def sample_stable(
     device = "cpu" if generator is None else generator.device
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
     U = (uniform - 0.5) * math.pi
-    if alpha == 1:
+    if alpha == 1:  # the formula below has the power 0 of a number that may be 0
         return (scale * U.tan()).to(dtype)
     W = torch.empty_like(U).exponential_(generator=generator)
     power = ((1 - alpha) * U).cos().div(W).pow((1 - alpha) / alpha)
@@ -226,7 +226,7 @@ def _log_excesses(samples: Tensor, num_largest: int) -> Tensor:
 
 
 def _largest(samples: Tensor, num_largest: int, num_needed: int) -> Tensor:
-    """So many of the largest magnitudes, in descending order."""
+    """Return the largest magnitudes in descending order; NaN if a sample is not finite."""
     magnitudes = samples.detach().flatten().double().abs()
     magnitudes = magnitudes[magnitudes != 0]
     expect(
@@ -242,7 +242,7 @@ def _largest(samples: Tensor, num_largest: int, num_needed: int) -> Tensor:
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """Of sorted values, with linear interpolation; torch's own refuses more than 2²⁴ values."""
+    """Interpolate a quantile of sorted values; ``torch.quantile`` refuses more than 2²⁴ values."""
     place = share * (len(values) - 1)
     low = int(place)
     rest = place - low
@@ -250,6 +250,7 @@ def _quantile(values: Tensor, share: float) -> float:
 
 
 def _interpolate(ratio: float) -> float:
+    """Look up α by the ratio of quantiles; ratios outside of the table give its ends."""
     table = list(_QUANTILE_RATIOS.items())
     for (alpha, low), (below, high) in pairwise(table):
         if ratio <= high:

@@ -30,11 +30,11 @@ MAX_LEVELS = 12
 MIN_BLOCKS = 16
 MIN_ROW_BLOCKS = 8
 SIGMAS = 3.0
-"""Standard errors from which on a difference counts."""
+"""A difference counts from so many standard errors on."""
 FLAT_P = 0.001
-"""A profile is not flat if one as uneven has a smaller probability."""
+"""Significance level of the test whether the profile is flat."""
 SHARP = 0.1
-"""Largest error of 1/α with which the upper levels can speak for a finite variance; 1/1.67 is as far from ½."""
+"""Largest error of 1/α at which the upper levels may indicate a finite variance: 1/1.67 differs from ½ by as much."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class TailIndexResult:
     Attributes:
         alpha: The index [α]; 2 for Gaussian samples, 1 for Cauchy. Above 2 where samples are centred or bounded: the
             number is not clamped. NaN if samples are missing, not finite or all zero.
-        standard_error: Of ``alpha``, from the spread over blocks; NaN for fewer than two blocks.
+        standard_error: Standard error of ``alpha``, from the spread over blocks; NaN for fewer than two blocks.
         profile: Local index between neighbouring levels: flat for a stable law, rising to 2 for a finite variance.
         profile_errors: Standard errors of the profile.
         verdict: ``"stable"`` if the index is below 2 and the profile flat, ``"finite variance"`` if sums of many
             samples grow as Gaussian ones, else ``"undecided"``.
-        zero_fraction: Share of samples that are exactly zero, which have no logarithm and are left out.
+        zero_fraction: Share of samples that are exactly zero; they have no logarithm and are left out.
         num_samples: Number of samples.
     """
 
@@ -65,13 +65,13 @@ class TailIndexResult:
 def log_moment_tail_index(
     samples: Tensor, block_length: int | Literal["sqrt"] = "sqrt", center: bool = False
 ) -> TailIndexResult:
-    r"""The estimator of the paper: mean log magnitude of sums of K₁ samples against that of single samples.
+    r"""Estimate the index as in the paper: mean log magnitude of sums of K₁ samples against that of single samples.
 
     .. math::
         \frac1{\hat\alpha} = \frac1{\ln K_1}\Big(\frac1{K_2}\sum_{j=1}^{K_2} \ln|Y_j|
         - \frac1K\sum_{i=1}^K \ln|x_i|\Big), \qquad Y_j = \sum_{i=1}^{K_1} x_{(j-1)K_1+i}
 
-    Zeros are left out instead of being replaced by a small number, so that the index does not depend on the scale.
+    Zeros are left out, not replaced by a small number, so that the index does not depend on the scale.
 
     Args:
         samples: The samples, in order, read as one sequence of length K.
@@ -92,10 +92,12 @@ def log_moment_tail_index(
     """
     flat = samples.detach().flatten().double()
     length = _block_length(flat.numel(), block_length)
+    # Subtracting the mean of the same samples makes sums too small, hence α too large.
     blocks = (flat - flat.mean() if center else flat)[: flat.numel() // length * length]
     blocks = blocks.view(-1, length)
     logs, nonzero = _logs(blocks)
     sums, filled = _logs(blocks.sum(1))
+    # Each mean over the values that are not zero, which may be different numbers of them.
     growth = sums.sum() / filled.sum() - logs.sum() / nonzero.sum()
     usable = filled & nonzero.any(1)
     each = sums[usable] - (logs.sum(1) / nonzero.sum(1))[usable]
@@ -108,7 +110,7 @@ def log_moment_tail_index(
 def dyadic_tail_index(
     samples: Tensor | Iterable[Tensor], levels: int | None = None, dim: Literal[0] | None = None
 ) -> TailIndexResult:
-    r"""Index from the growth of sums of 1, 2, 4, … samples, with standard error, stability profile and verdict.
+    r"""Estimate the index by the growth of sums of 1, 2, 4, … samples, with standard error, profile and verdict.
 
     With :math:`m_j` the mean log magnitude of sums of :math:`2^j` samples, 1/α is the slope of :math:`m_j` over
     :math:`j\ln 2`, by least squares with the numbers of sums as weights; the profile is
@@ -151,11 +153,11 @@ def dyadic_tail_index(
 
 
 def default_levels(num_samples: int, min_blocks: int = MIN_BLOCKS) -> int:
-    """As many doublings as leave so many blocks, at least one and at most 12.
+    """Choose the largest number of doublings that leaves ``min_blocks`` blocks, at least one and at most 12.
 
     Args:
         num_samples: Length of the sequence.
-        min_blocks: Number of blocks.
+        min_blocks: Smallest number of blocks.
 
     Example:
         >>> default_levels(64), default_levels(10**6)
@@ -165,10 +167,10 @@ def default_levels(num_samples: int, min_blocks: int = MIN_BLOCKS) -> int:
 
 
 def tail_index_of(sums: LadderSums) -> TailIndexResult:
-    """The index that the sums of a ladder give.
+    """Compute the index from the sums of a ladder.
 
     Args:
-        sums: From one pass over the samples.
+        sums: Result of one pass over the samples.
     """
     fit = LadderFit(sums)
     profile = [_inverse(*fit.combine(row)) for row in fit.local_weights()]
@@ -183,19 +185,19 @@ def tail_index_of(sums: LadderSums) -> TailIndexResult:
 
 
 def _inverse(slope: float, error: float) -> tuple[float, float]:
-    """1/slope, and its standard error to first order."""
+    """Return 1/slope and its standard error, to first order."""
     alpha = 1 / slope if slope else math.inf
     return alpha, alpha**2 * error
 
 
 def _logs(values: Tensor) -> tuple[Tensor, Tensor]:
-    """ln|value| with 0 in the place of zeros, and where there is none."""
+    """Return ln|value|, with 0 in the places of zeros, and a mask of the other places."""
     nonzero = values != 0
     return torch.where(nonzero, values, 1.0).abs().log(), nonzero
 
 
 def largest_divisor(num: int) -> int:
-    """The largest divisor up to the square root, which the paper takes for the length of its sums.
+    """Find the largest divisor up to the square root, the length of the paper's sums.
 
     Args:
         num: Number of samples.
@@ -218,7 +220,7 @@ class LadderFit:
     """Mean logarithms by level with their covariance, and linear combinations of them.
 
     Args:
-        sums: From one pass over the samples.
+        sums: Result of one pass over the samples.
     """
 
     def __init__(self, sums: LadderSums) -> None:
@@ -227,30 +229,26 @@ class LadderFit:
         self.covariance = self._covariance()
 
     def _covariance(self) -> Tensor:
-        """Of ratios of sums over blocks, to first order; NaN for fewer than two blocks."""
+        """Compute the covariance of the means, as ratios of sums over blocks, to first order; NaN for one block."""
         sums, num = self.sums, float(self.sums.num_blocks)
         if num < 2:
             return torch.full((len(self.means),) * 2, math.nan, dtype=torch.float64)
-        # Block by block: the sum of logarithms less what their number lets expect.
+        # Zeros are left out, so a mean is a ratio of random sums. To first order its error is the sum over blocks of
+        # (sum of logarithms − mean · number of logarithms), divided by the total number.
         residual = torch.cat([torch.eye(len(self.means)), -torch.diag(self.means)], dim=1)
         spread = residual @ sums.products @ residual.mT
         return spread * (num / (num - 1)) / torch.outer(sums.counts, sums.counts)
 
     def combine(self, weights: Tensor) -> tuple[float, float]:
-        """A combination of the means, and its standard error.
-
-        Args:
-            weights: One for each level.
-        """
+        """Return the combination of the means with one weight per level, and its standard error."""
         variance = float(weights @ self.covariance @ weights)
         error = math.nan if math.isnan(variance) else math.sqrt(max(variance, 0.0))
         return float(weights @ self.means), error
 
     def slope_weights(self, first: int = 0) -> Tensor:
-        """The combination that is 1/α, by least squares with the numbers of sums as weights.
+        """Return the combination that is 1/α, by least squares over the levels from ``first`` on.
 
-        Args:
-            first: Lowest level that takes part.
+        The weights are the numbers of sums: the variance of a level is about proportional to one over its number.
         """
         counts = self.sums.counts.clone()
         counts[:first] = 0
@@ -259,11 +257,11 @@ class LadderFit:
         return counts * centred / (counts @ centred.square())
 
     def local_weights(self) -> Tensor:
-        """The combinations that are 1/α between neighbouring levels, one in each row."""
+        """Return the combinations that are 1/α between neighbouring levels, one in each row."""
         return torch.diff(torch.eye(len(self.means), dtype=torch.float64), dim=0) / math.log(2)
 
     def judge(self) -> Verdict:
-        """Stable needs a flat profile and an index below 2; a finite variance shows on the upper half of the levels."""
+        """Decide by a flat profile with an index below 2, or by an index of 2 on the upper half of the levels."""
         slope, error = self.combine(self.slope_weights())
         if not (math.isfinite(slope) and math.isfinite(error)):
             return "undecided"
@@ -274,7 +272,7 @@ class LadderFit:
         return "finite variance" if reaches_two else "undecided"
 
     def _is_flat(self) -> bool:
-        """Whether all local slopes may be equal, by Hotelling's test; false where there is nothing to compare."""
+        """Test by Hotelling's T² whether all local slopes may be equal; false if there are too few blocks or levels."""
         local = torch.diff(self.local_weights(), dim=0)
         rank, num_blocks = len(local), int(self.sums.num_blocks)
         if rank == 0 or num_blocks <= rank + 1:

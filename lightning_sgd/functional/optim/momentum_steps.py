@@ -199,7 +199,7 @@ def adam_fused_(
     for t in sorted(set(steps)):
         chosen = [index for index, own in enumerate(steps) if own == t]
         _, root = settings.corrections(t)
-        count = torch.full((), float(t), device=params[0].device)
+        count = torch.full((), float(t), dtype=torch.float32, device=params[0].device)
         torch._fused_adam_(
             [params[index] for index in chosen],
             [grads[index] for index in chosen],

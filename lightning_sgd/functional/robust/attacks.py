@@ -1,4 +1,4 @@
-"""What faulty workers send, computed from what the honest ones do."""
+"""Arithmetic of attacks: hidden factors, flipped bits, and the search for the worst factor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_sgd.functional.robust.stacked_rows import squared_distances
 
 
 def alie_factor(num_workers: int, num_byzantine: int) -> float:
-    """How many standard deviations a faulty worker may be off and still have a majority on its side [z].
+    """Compute by how many standard deviations a faulty row may differ and still be in the majority [z].
 
     Args:
         num_workers: Number of workers [n].
@@ -32,7 +32,7 @@ def alie_factor(num_workers: int, num_byzantine: int) -> float:
 
 
 def largest_hidden_factor(honest: Tensor, direction: Tensor, *, by_sum: bool) -> float:
-    r"""Largest γ for which mean + γ · direction is no farther from the honest rows than these are from each other.
+    r"""Find the largest γ for which mean + γ · direction is no farther from honest rows than they are from each other.
 
     Each squared distance is a quadratic :math:`\lVert e_i \rVert^2 + 2 \gamma \langle e_i, v \rangle + \gamma^2
     \lVert v \rVert^2` in γ, :math:`e_i = \mu - x_i`, so that γ is a root.
@@ -40,7 +40,7 @@ def largest_hidden_factor(honest: Tensor, direction: Tensor, *, by_sum: bool) ->
     Args:
         honest: Rows of the honest workers, of shape (h, d).
         direction: Direction of the attack, of shape (d,) [v].
-        by_sum: Compare sums of squared distances (min-sum) in place of the largest distance (min-max).
+        by_sum: Compare sums of squared distances (min-sum) instead of the largest distance (min-max).
 
     Example:
         >>> honest = torch.tensor([[-1.0], [0.0], [1.0]])
@@ -54,12 +54,13 @@ def largest_hidden_factor(honest: Tensor, direction: Tensor, *, by_sum: bool) ->
     b, c = -(centred @ direction.double()), centred.square().sum(dim=1) - limit
     if by_sum:
         a, b, c = a * len(honest), b.sum(), centred.square().sum() - limit
+    # The larger root of each quadratic; γ must not exceed any of them.
     roots = (-b + (b.square() - a * c).clamp_min(0.0).sqrt()) / a.clamp_min(1e-300)
     return float(roots.min())
 
 
 def flip_exponent_bit(values: Tensor, bit: int) -> Tensor:
-    """The values with one bit of their exponent the other way round, as after a memory fault.
+    """Flip one bit of the exponent of each value, as a memory fault does.
 
     Args:
         values: Numbers in single precision.
@@ -69,16 +70,17 @@ def flip_exponent_bit(values: Tensor, bit: int) -> Tensor:
         >>> flip_exponent_bit(torch.tensor([1.0, 2.0]), 1)
         tensor([0.2500, 8.0000])
     """
+    # The exponent follows the 23 bits of the fraction.
     flipped = values.float().view(torch.int32) ^ (1 << (23 + bit))
     return flipped.view(torch.float32)
 
 
 def maximize(function: Callable[[float], float], num_evaluations: int) -> float:
-    """The best argument found between 0 and infinity: steps that double while they improve, then ever smaller ones.
+    """Search the best argument from 0 to infinity with steps that double while they improve, and then shrink.
 
     Args:
-        function: What to maximize.
-        num_evaluations: How often it may be called.
+        function: Function to maximize.
+        num_evaluations: Number of times it may be called.
 
     Example:
         >>> round(maximize(lambda x: -abs(x - 5.3), 30), 1)

@@ -1,4 +1,4 @@
-r"""The point with the smallest sum of distances, as weights on the rows.
+r"""The point with the smallest sum of distances to the rows, as weights on the rows.
 
 Every iterate of Weiszfeld's algorithm is a combination :math:`z = X^\top a` of the rows, and
 :math:`\lVert x_i - z \rVert^2 = G_{ii} - 2 (Ga)_i + a^\top G a`: n numbers stand for a vector of any length.
@@ -15,7 +15,7 @@ _TINY = 1e-150
 
 
 def distances_from(gram: Tensor, a: Tensor) -> Tensor:
-    """Distance of each row from the combination of the rows with these coefficients, of shape (n,).
+    """Compute the distance of each row from a combination of the rows, of shape (n,).
 
     Args:
         gram: Inner products of shape (n, n).
@@ -37,15 +37,15 @@ def weiszfeld(
     smoothing: float,
     tolerance: float,
 ) -> Tensor:
-    """Weights after some steps of the smoothed Weiszfeld algorithm, of shape (n,).
+    """Run the smoothed Weiszfeld algorithm and return the weights, of shape (n,).
 
     Args:
         gram: Inner products of the rows, of shape (n, n).
         masses: Weight of each row's distance in the sum, of shape (n,).
         start: Coefficients of the point to start at, of shape (n,).
-        num_iterations: Number of steps at most.
-        smoothing: Distances below this count as this [ν].
-        tolerance: Stop when no weight changes by more.
+        num_iterations: Largest number of steps.
+        smoothing: Smaller distances are replaced by this [ν].
+        tolerance: Stop when no weight changes by more than this.
 
     Example:
         >>> gram = torch.tensor([[0.0, 0.0], [0.0, 4.0]])
@@ -62,10 +62,10 @@ def weiszfeld(
 
 
 def median_among_rows(gram: Tensor, masses: Tensor) -> int | None:
-    r"""Number of the row that is itself the geometric median, at which Weiszfeld's algorithm would divide by zero.
+    r"""Find the row that is the geometric median, at which Weiszfeld's algorithm would divide by zero.
 
-    Row k is if the unit vectors from it to all others, with their masses, add up to no more than the mass at its own
-    place.
+    Row k is the median if the sum of the unit vectors from it to all other rows, times their masses, is no longer than
+    the mass at its own position.
 
     Args:
         gram: Inner products of the rows, of shape (n, n).
@@ -78,9 +78,11 @@ def median_among_rows(gram: Tensor, masses: Tensor) -> int | None:
     """
     squares = squared_distances(gram)
     scale = gram.diagonal()
+    # Rows closer than rounding are at the same position: their direction from each other is noise.
     apart = squares > 1e-13 * (scale[:, None] + scale)
     pulls = torch.where(apart, masses[:, None] / squares.sqrt().clamp_min(_TINY), 0.0)
     totals, images = pulls.sum(dim=0), gram @ pulls
+    # ‖Σᵢ pᵢ(xᵢ − x_k)‖² for every k, by inner products alone.
     lengths = (pulls * images).sum(dim=0) - 2 * totals * images.diagonal() + totals**2 * scale
     own = (masses[:, None] * ~apart).sum(dim=0)
     excess = lengths.clamp_min(0.0).sqrt() - own

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def column_median(block: Tensor) -> Tensor:
-    """Median of each column, the mean of the two in the middle where there are two.
+    """Compute the median of each column; of an even number the mean of the two middle values.
 
     Args:
         block: Finite numbers of shape (n, s).
@@ -34,11 +34,11 @@ def column_median(block: Tensor) -> Tensor:
 
 
 def trimmed_mean(block: Tensor, num_trimmed: int) -> Tensor:
-    """Mean of each column without its smallest and largest values.
+    """Compute the mean of each column without its smallest and largest values.
 
     Args:
         block: Finite numbers of shape (n, s).
-        num_trimmed: How many values are cut at either end [f], fewer than n/2.
+        num_trimmed: Number of values cut at either end [f], fewer than n/2.
 
     Example:
         >>> trimmed_mean(torch.tensor([[1.0], [2.0], [4.0], [90.0]]), 1)
@@ -53,11 +53,11 @@ def trimmed_mean(block: Tensor, num_trimmed: int) -> Tensor:
 
 
 def mean_near_median(block: Tensor, num_far: int) -> Tensor:
-    """Mean of each column without the values that are farthest from its median.
+    """Compute the mean of each column without the values farthest from its median.
 
     Args:
         block: Finite numbers of shape (n, s).
-        num_far: How many values are left out, fewer than n.
+        num_far: Number of values left out, fewer than n.
 
     Example:
         >>> mean_near_median(torch.tensor([[1.0], [2.0], [4.0], [90.0]]), 1)
@@ -67,17 +67,17 @@ def mean_near_median(block: Tensor, num_far: int) -> Tensor:
     if num_far == 0:
         return block.mean(dim=0)
     middle = (n - 1) // 2
-    # The median is held by places that may lie inside the window's sure part: they need an order of their own.
+    # The median may lie among the values that are kept in any case: its places have to be sorted nevertheless.
     rows = partially_sort(block, _groups(n, num_far, (middle, n - 1 - middle)))
     return _mean_near(rows, _mean([rows[middle], rows[n - 1 - middle]]), num_far)
 
 
 def mean_near_trimmed_mean(block: Tensor, num_far: int) -> Tensor:
-    """Mean of each column without the values that are farthest from its trimmed mean.
+    """Compute the mean of each column without the values farthest from its trimmed mean.
 
     Args:
         block: Finite numbers of shape (n, s).
-        num_far: How many values are cut at either end for the trimmed mean, and how many are left out [f].
+        num_far: Number of values cut at either end for the trimmed mean, and number of values left out [f].
 
     Example:
         >>> mean_near_trimmed_mean(torch.tensor([[1.0], [2.0], [4.0], [90.0]]), 1)
@@ -91,13 +91,13 @@ def mean_near_trimmed_mean(block: Tensor, num_far: int) -> Tensor:
 
 
 def _groups(n: int, num_far: int, single: Sequence[int]) -> list[object]:
-    """Of what is surely near the order does not matter, unless it is asked for."""
+    """Group the places that are kept in any case, whose order does not matter, except for the places in ``single``."""
     is_sure = [num_far <= place < n - num_far and place not in single for place in range(n)]
     return ["sure" if sure else place for place, sure in enumerate(is_sure)]
 
 
 def _mean_near(rows: list[Tensor], centre: Tensor, num_far: int) -> Tensor:
-    """Mean of all but the ``num_far`` farthest from the centre, of columns sorted but for what is surely near."""
+    """Average all but the ``num_far`` values farthest from the centre, of columns sorted as :func:`_groups` asks."""
     num_near = len(rows) - num_far
     total = torch.zeros_like(centre)
     for start in range(num_near):
@@ -117,13 +117,13 @@ def _mean(rows: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Comparator:
-    """Puts the smaller of two values at ``low`` and the larger at ``high``.
+    """A comparison that puts the smaller of two values at ``low`` and the larger at ``high``.
 
     Attributes:
         low: Place of the smaller value.
         high: Place of the larger value.
-        keeps_low: Whether anybody needs the smaller one.
-        keeps_high: Whether anybody needs the larger one.
+        keeps_low: Whether the smaller value is needed.
+        keeps_high: Whether the larger value is needed.
     """
 
     low: int
@@ -133,7 +133,7 @@ class Comparator:
 
 
 def odd_even_merge_sort(size: int) -> list[tuple[int, int]]:
-    """Pairs of places that sort any values when the smaller goes to the first, in this order.
+    """List pairs of places that sort any values if each pair, in this order, is put in order.
 
     Args:
         size: Number of values [n]; O(n log² n) pairs sort them.
@@ -162,12 +162,11 @@ def odd_even_merge_sort(size: int) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=64)
 def network(groups: tuple[Hashable, ...]) -> tuple[Comparator, ...]:
-    """Comparisons after which every place holds what is asked for.
+    """List the comparisons after which every group of places holds its values.
 
     Args:
-        groups: For each place, counted from the smallest value, what is asked of it: ``None`` for nothing, else the
-            name of a group. Within a group values may stand in any order; a place alone in its group holds its order
-            statistic.
+        groups: For each place, counted from the smallest value, the name of its group, or ``None`` if it is not needed.
+            Within a group values may be in any order; a place alone in its group holds its order statistic.
 
     Example:
         >>> len(odd_even_merge_sort(9)), len(network((None,) * 4 + ("median",) + (None,) * 4))
@@ -175,23 +174,24 @@ def network(groups: tuple[Hashable, ...]) -> tuple[Comparator, ...]:
     """
     asked: list[Hashable] = list(groups)
     needed = []
+    # Backwards from the result: a comparison is needed if its two outputs belong to different groups.
     for number, (low, high) in reversed(list(enumerate(odd_even_merge_sort(len(groups))))):
         if asked[low] == asked[high]:
-            continue  # the order within a group, or of what nobody asks for, does not matter
+            continue  # the order within a group, or of places that are not needed, does not matter
         needed.append(Comparator(low, high, asked[low] is not None, asked[high] is not None))
         asked[low] = asked[high] = ("inputs of", number)
     return tuple(reversed(needed))
 
 
 def partially_sort(block: Tensor, groups: Sequence[Hashable]) -> list[Tensor]:
-    """Rows in which every column stands in the order that is asked for.
+    """Sort every column as far as the groups need it.
 
     Args:
         block: Numbers of shape (n, s), none of them NaN; they are not changed.
         groups: As for :func:`network`.
 
     Returns:
-        The n rows; those of which nothing was asked hold anything.
+        The n rows; those that are not needed hold arbitrary values.
 
     Example:
         >>> low, _, high = partially_sort(torch.tensor([[3.0], [1.0], [2.0]]), ("min", None, "max"))

@@ -1,4 +1,4 @@
-"""Which workers a robust rule rejects, and how often."""
+"""Find which workers a robust rule rejects, and count how often."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 SMALL_WEIGHT = 0.1
-"""Part of the median weight below which a worker counts as rejected."""
+"""A worker with less than this fraction of the median weight counts as rejected."""
 FAR = 3.0
-"""Times the median distance from the result beyond which a worker counts as rejected."""
+"""A worker farther from the result than this multiple of the median distance counts as rejected."""
 
 
 def rejected(
@@ -20,17 +20,17 @@ def rejected(
     weights: Tensor | None,
     distances: Tensor | None,
 ) -> list[bool] | None:
-    """For each worker, whether a rule rejected it in a step; ``None`` if that cannot be known.
+    """Decide for each worker whether a rule rejected it in a step; ``None`` if that cannot be known.
 
-    Rejected is who was dropped; else who has less than a tenth of the median weight; else, where half of the workers
-    have no weight at all, as with Krum, or weights do not exist, who is more than three times as far from the result as
-    the median worker.
+    A worker is rejected if its row was dropped, or if it has less than a tenth of the median weight. If half of the
+    workers have no weight at all, as with Krum, or there are no weights, it is rejected if it is more than three times
+    as far from the result as the median worker.
 
     Args:
-        num_workers: How many there are [N].
-        dropped: Numbers of those whose rows were dropped.
-        weights: Share of each in the result, of shape (N,).
-        distances: Of each from the result, of shape (N,); NaN of those whose rows are not finite.
+        num_workers: Number of workers [N].
+        dropped: Numbers of the workers whose rows were dropped.
+        weights: Share of each worker in the result, of shape (N,).
+        distances: Distance of each worker from the result, of shape (N,); NaN if its row is not finite.
 
     Example:
         >>> rejected(4, [], torch.tensor([0.3, 0.4, 0.3, 0.0]), None)
@@ -40,6 +40,7 @@ def rejected(
     """
     flags = [worker in dropped for worker in range(num_workers)]
     others = [worker for worker in range(num_workers) if not flags[worker]]
+    # Krum gives all weight to one row: a median weight of 0 tells nothing about single workers.
     is_telling = weights is not None and float(weights[others].median()) > 0
     if weights is not None and is_telling:
         suspects = weights < SMALL_WEIGHT * weights[others].median()
@@ -51,10 +52,10 @@ def rejected(
 
 
 def by_rank(values: Sequence[float], num_ranks: int) -> list[float]:
-    """Means over the workers of each rank.
+    """Average over the workers of each rank.
 
     Args:
-        values: One per worker, rank by rank.
+        values: One value per worker, rank by rank.
         num_ranks: Number of ranks.
 
     Example:
@@ -67,13 +68,13 @@ def by_rank(values: Sequence[float], num_ranks: int) -> list[float]:
 
 @dataclass
 class RejectionTally:
-    """How often each worker was rejected, in all and lately.
+    """Rejections of each worker, in total and recently.
 
     Attributes:
-        horizon: Number of steps that count as lately, the older the less.
-        num_steps: Steps in which it could be known.
-        counts: Of rejections, by worker.
-        recent: Share of steps lately, by worker.
+        horizon: Number of steps over which the recent share is averaged exponentially.
+        num_steps: Number of steps in which rejections could be known.
+        counts: Number of rejections, by worker.
+        recent: Recent share of steps with a rejection, by worker.
     """
 
     horizon: int
@@ -82,10 +83,10 @@ class RejectionTally:
     recent: list[float] = field(default_factory=list)
 
     def add(self, flags: Sequence[float]) -> None:
-        """Take note of one step; of another number of workers than before it is the first one.
+        """Add one step; start anew if the number of workers has changed.
 
         Args:
-            flags: For each worker, 1 if it was rejected; parts if only some of its gradients were.
+            flags: For each worker, 1 if it was rejected; a fraction if only some of its gradients were.
         """
         if len(flags) != len(self.counts):
             self.num_steps, self.counts = 0, [0.0] * len(flags)
@@ -98,17 +99,18 @@ class RejectionTally:
         ]
 
     def shares(self) -> list[float]:
-        """Share of all steps in which each worker was rejected."""
+        """Return the share of all steps in which each worker was rejected."""
         return [count / max(self.num_steps, 1) for count in self.counts]
 
     def suspects(self, share: float) -> list[int]:
-        """Workers that are rejected lately in so many steps, and twice as often as the median worker.
+        """List the workers that were recently rejected often, and twice as often as the median worker.
 
         Args:
-            share: Of steps.
+            share: Smallest share of steps.
         """
         if self.num_steps < self.horizon or not self.recent:
             return []
         usual = float(torch.tensor(self.recent).median())
+        # A rule such as Krum rejects most workers in every step; only more rejections than usual are suspicious.
         enough = max(share, min(2 * usual, 1.0))
         return [worker for worker, rate in enumerate(self.recent) if rate >= enough > usual]

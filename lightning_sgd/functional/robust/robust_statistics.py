@@ -1,4 +1,4 @@
-"""What several ranks say of one thing, combined so that a few wrong ones do not matter."""
+"""Combine the values of several ranks so that a few wrong ones do not matter."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 BLOCK = 2**18
 """Columns at a time."""
 
-Said = TypeVar("Said", bound=Hashable)
+Value = TypeVar("Value", bound=Hashable)
 
 
 def finite_median(rows: Tensor) -> Tensor:
-    """Median of the finite numbers of each column, the mean of the two in the middle where there are two.
+    """Compute the median of the finite numbers of each column; of an even number the mean of the two middle ones.
 
     Args:
-        rows: What each rank says, of shape (n, …).
+        rows: Values of each rank, of shape (n, …).
 
     Returns:
         Tensor of shape (…), NaN where no number is finite.
@@ -30,15 +30,16 @@ def finite_median(rows: Tensor) -> Tensor:
     """
     flat = rows.reshape(len(rows), -1)
     flat = flat.where(flat.isfinite(), torch.nan)
+    # `nanquantile` refuses more than 2²⁴ numbers at once.
     parts = [part.nanquantile(0.5, dim=0) for part in torch.split(flat, BLOCK, dim=1)]
     return torch.cat(parts).view(rows.shape[1:])
 
 
 def most_frequent(rows: Tensor) -> Tensor:
-    """What most ranks say in each column, of equally frequent ones the smallest.
+    """Return the most frequent value of each column, of equally frequent ones the smallest.
 
     Args:
-        rows: What each rank says, of shape (n, …), integers.
+        rows: Integers of each rank, of shape (n, …).
 
     Example:
         >>> most_frequent(torch.tensor([[3, 1], [3, 2], [9, 3]]))
@@ -49,10 +50,10 @@ def most_frequent(rows: Tensor) -> Tensor:
 
 
 def is_majority(votes: Sequence[bool]) -> bool:
-    """Whether more than half say yes.
+    """Return whether more than half of the votes are true.
 
     Args:
-        votes: One per rank.
+        votes: One vote per rank.
 
     Example:
         >>> is_majority([True, True, False]), is_majority([True, False])
@@ -61,29 +62,29 @@ def is_majority(votes: Sequence[bool]) -> bool:
     return 2 * sum(votes) > len(votes)
 
 
-def majority(said: Sequence[Said]) -> Said | None:
-    """What more than half say; ``None`` if there is no such thing.
+def majority(values: Sequence[Value]) -> Value | None:
+    """Return the value of more than half of the ranks; ``None`` if there is none.
 
     Args:
-        said: One per rank.
+        values: One value per rank.
 
     Example:
         >>> majority(["a", "b", "a"]), majority(["a", "b"])
         ('a', None)
     """
-    value, count = Counter(said).most_common(1)[0]
-    return value if 2 * count > len(said) else None
+    value, count = Counter(values).most_common(1)[0]
+    return value if 2 * count > len(values) else None
 
 
 def worker_momentum(momentum: Tensor, gradient: Tensor, beta: float) -> Tensor:
     r"""Advance each worker's momentum in place, :math:`m \leftarrow \beta m + (1 - \beta) g`, and return it.
 
-    A gradient that is not finite leaves the momentum of its worker as it was, and is returned in its place: a single
-    overflow would stay in the momentum for good.
+    A gradient that is not finite does not change the momentum of its worker, and is returned in its place: otherwise a
+    single overflow would stay in the momentum forever.
 
     Args:
-        momentum: Of shape (k, d).
-        gradient: Of the same shape.
+        momentum: Momenta of shape (k, d).
+        gradient: Gradients of the same shape.
         beta: Share of the past [β].
 
     Example:

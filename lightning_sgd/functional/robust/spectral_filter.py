@@ -1,8 +1,8 @@
 r"""The spectral filter of byzantine-resilient SGD, on the Gram matrix of the workers' gradients.
 
-An outlier that moves the mean of n vectors of length d must stretch their covariance. With weights p and rows centred
-at their weighted mean, :math:`Y = (I - 1p^\top)X`, the d × d covariance :math:`Y^\top D Y`, D = diag(p), has the
-non-zero eigenvalues of the n × n matrix :math:`D^{1/2} K D^{1/2}`, where
+An outlier that moves the mean of n vectors of length d must increase the top eigenvalue of their covariance. With
+weights p and rows centred at their weighted mean, :math:`Y = (I - 1p^\top)X`, the d × d covariance
+:math:`Y^\top D Y`, D = diag(p), has the non-zero eigenvalues of the n × n matrix :math:`D^{1/2} K D^{1/2}`, where
 
 .. math:: K = YY^\top = (I - 1p^\top)\, G\, (I - p1^\top), \qquad G = XX^\top .
 
@@ -27,17 +27,17 @@ from torch import Tensor
 from lightning_sgd.functional.robust.stacked_rows import squared_distances
 
 _LARGEST_DENSE = 256
-"""Up to this size a full eigendecomposition is cheaper than the iteration is worth."""
+"""Up to this size a full eigendecomposition is fast enough; beyond it, the power iteration is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class FilterResult:
-    """What the spectral filter found.
+    """Result of the spectral filter.
 
     Attributes:
         weights: Weight of each row, of shape (n,); they sum to one.
         top_eigenvalue: Largest eigenvalue of the covariance under these weights [λ].
-        num_passes: How many eigenproblems were solved, n at most.
+        num_passes: Number of eigenproblems solved, at most n.
     """
 
     weights: Tensor
@@ -66,12 +66,12 @@ def spectral_filter(
     masses: Tensor | None = None,
     uniform: Callable[[], float] | None = None,
 ) -> FilterResult:
-    """Weights under which no direction is stretched.
+    """Compute weights under which the covariance of the rows has no large eigenvalue.
 
     Args:
         gram: Inner products of the rows, of shape (n, n) in double precision, whatever was subtracted from them.
-        num_byzantine: How many rows may be faulty [f]. Faulty rows lose more mass than the others while they stretch
-            the covariance, so that weights under which more than 2f/n of the mass is gone are never taken.
+        num_byzantine: How many rows may be faulty [f]. Faulty rows lose more mass than the others while they hold more
+            than half of λ, so weights under which more than 2f/n of the mass is gone are never taken.
         floor: Stop at a top eigenvalue no larger than this. Without it, or if it is not reached, the weights are
             returned under which the top eigenvalue was smallest.
         masses: Mass of each row at the start [c], equal by default.
@@ -85,7 +85,9 @@ def spectral_filter(
     """
     n = len(gram)
     c = torch.ones(n, dtype=gram.dtype) if masses is None else n * masses / masses.sum()
-    least_mass = (n - 2 * num_byzantine) * (1 - 1e-12)
+    least_mass = (n - 2 * num_byzantine) * (
+        1 - 1e-12
+    )  # rounding must not end the loop one pass early
     best: FilterResult | None = None
     num_passes = 0
     while best is None or float(c.sum()) >= least_mass:
@@ -101,7 +103,9 @@ def spectral_filter(
 
 
 def _is_done(spread: Spread, gram: Tensor, floor: float | None) -> bool:
-    rounding = 1e-20 * float(gram.diagonal().max())
+    rounding = 1e-20 * float(
+        gram.diagonal().max()
+    )  # equal rows: there is nothing to divide by max τ
     return spread.top_eigenvalue <= max(rounding, 0.0 if floor is None else floor)
 
 
@@ -113,7 +117,7 @@ def _remove_mass(c: Tensor, projections: Tensor, uniform: Callable[[], float] | 
 
 
 def largest_spread(gram: Tensor, weights: Tensor) -> Spread:
-    """Top eigenvalue of the covariance of weighted rows, and how far each row reaches in its direction.
+    """Compute the top eigenvalue of the covariance of weighted rows, and the projections on its eigenvector.
 
     Args:
         gram: Inner products of the rows, of shape (n, n) in double precision.
@@ -142,7 +146,7 @@ def _top_eigenpair(matrix: Tensor) -> tuple[float, Tensor]:
 def _power_iteration(
     matrix: Tensor, min_steps: int = 30, max_steps: int = 1000
 ) -> tuple[float, Tensor]:
-    """From the longest row on, the same on every rank; a random start could miss the direction."""
+    """Iterate from the longest row, which is the same on every rank; one step from a random start is far off."""
     u = matrix[int(matrix.diagonal().argmax())].clone()
     previous = 0.0
     for step in range(max_steps):
@@ -156,16 +160,16 @@ def _power_iteration(
 
 
 def noise_floor(gram: Tensor, num_byzantine: int, largest_weight: float) -> float:
-    """What the top eigenvalue would be if the rows differed by noise alone.
+    """Estimate the top eigenvalue of the covariance if the rows differed by noise alone.
 
     In many dimensions noise of n rows is nearly orthogonal: all eigenvalues of the covariance are near tr(Σ)/n, and all
-    squared distances near 2 tr(Σ). Of the distances the one is taken that has half as many below it as there are pairs
-    of honest rows: faulty rows cannot lift it above the median of the honest ones, however many there are.
+    squared distances near 2 tr(Σ). The estimate uses the distance of rank h/2 from below, where h is the number of
+    pairs of honest rows: faulty rows cannot raise it above the median of the honest distances.
 
     Args:
         gram: Inner products of the rows, of shape (n, n) in double precision.
         num_byzantine: How many rows may be faulty [f].
-        largest_weight: Largest weight of a row, 1/n if all are alike.
+        largest_weight: Largest weight of a row, 1/n if all are equal.
 
     Example:
         >>> noise_floor(torch.eye(4, dtype=torch.float64), 0, 0.25)

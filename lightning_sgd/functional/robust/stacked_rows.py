@@ -1,8 +1,7 @@
 r"""Vectors of n workers as rows: their norms, their Gram matrix, and combinations of them, by blocks of columns.
 
-Whatever depends on the geometry of n vectors of length d alone can be computed from an n × n matrix; nothing here
-ever holds more than the rows, the result and one block. Norms and Gram matrices of column shards add up to those of
-the whole rows.
+Everything that depends only on distances and angles of n vectors can be computed from their n × n Gram matrix. Memory
+is that of the rows, the result and one block. Norms and Gram matrices of column shards add up to those of the rows.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ Rows: TypeAlias = Tensor | Sequence[Tensor]
 """A matrix of shape (n, d), or n vectors of length d."""
 
 BLOCK = 2**15
-"""Columns at a time: few enough for the caches, enough to make the cost of a call disappear."""
+"""Columns at a time: few enough for the caches, enough to hide the cost of a call."""
 
 _LARGEST_NORM = 1e15
 """Squares of elements up to here stay finite in single precision."""
 
 
 def column_blocks(rows: Rows, size: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of columns of shape (n, at most ``size``), in at least single precision, and where they stand.
+    """Yield blocks of columns of shape (n, at most ``size``), in at least single precision, with their positions.
 
     Args:
         rows: Matrix of shape (n, d), or n vectors of length d.
@@ -48,7 +47,7 @@ def _stack(rows: Sequence[Tensor], columns: slice) -> Tensor:
 
 
 def squared_row_norms(rows: Rows) -> Tensor:
-    """Squared norm of each row in double precision, of shape (n,); not finite where the row is not.
+    """Compute the squared norm of each row in double precision, of shape (n,); not finite where the row is not.
 
     Args:
         rows: Matrix of shape (n, d), or n vectors of length d.
@@ -79,11 +78,12 @@ def _where_double_is(rows: Rows) -> torch.device:
 
 
 def usable_rows(squared_norms: Tensor, num_byzantine: int, max_ratio: float = 1e4) -> list[int]:
-    """Numbers of the rows that can be computed with.
+    """Choose the rows to compute with.
 
-    Left out are rows that are not finite, and of those whose norm is beyond ``max_ratio`` times the median norm the
-    longest, as long as no more than ``num_byzantine`` rows are left out. While they are fewer than half, faulty rows
-    cannot move the median norm out of the range of the others.
+    Rows that are not finite are left out. So are the longest of the rows whose norm is beyond ``max_ratio`` times the
+    median norm, as long as no more than ``num_byzantine`` rows are left out in all: in single precision they would
+    leave no digits to the others. While faulty rows are fewer than half, they cannot move the median norm out of the
+    range of the others.
 
     Args:
         squared_norms: Squared norms of shape (n,).
@@ -99,6 +99,7 @@ def usable_rows(squared_norms: Tensor, num_byzantine: int, max_ratio: float = 1e
     if not finite:
         return []
     median = float(norms[finite].quantile(0.5))
+    # If half of the rows are zero there is no scale, and only rows that would overflow are too long.
     limit = max_ratio * median if median > 0 else _LARGEST_NORM
     longest = sorted((i for i in finite if float(norms[i]) > limit), key=lambda i: -float(norms[i]))
     too_long = set(longest[: max(0, num_byzantine - (len(norms) - len(finite)))])
@@ -106,7 +107,7 @@ def usable_rows(squared_norms: Tensor, num_byzantine: int, max_ratio: float = 1e
 
 
 def median_row(squared_norms: Tensor) -> int:
-    """Number of the row whose norm is the median: not one of the longest, from which others could not be told apart.
+    """Find the row of median norm: after subtracting one of the longest, the others could not be told apart.
 
     Args:
         squared_norms: Finite squared norms of shape (n,).
@@ -119,10 +120,10 @@ def median_row(squared_norms: Tensor) -> int:
 
 
 def row_gram(rows: Rows, reference: int | None) -> Tensor:
-    r"""Inner products of the rows after one of them has been subtracted from all, of shape (n, n) in double precision.
+    r"""Compute inner products after subtracting one row from all, of shape (n, n) in double precision.
 
-    Distances do not depend on what is subtracted; in single precision a large common part would leave nothing
-    of them. Blocks are multiplied in the precision of the rows, at least single, and added up in double.
+    Distances do not depend on the subtracted row, but in single precision a large common part of the rows would leave
+    no digits of them. Blocks are multiplied in the precision of the rows, at least single, and added up in double.
 
     Args:
         rows: Matrix of shape (n, d), or n vectors of length d, all finite.
@@ -142,16 +143,17 @@ def row_gram(rows: Rows, reference: int | None) -> Tensor:
         for _, block in column_blocks(rows):
             shifted = block if reference is None else block - block[reference]
             total += (shifted @ shifted.mT).to(accumulator)
+    # Products of blocks are not exactly symmetric on all devices, and `eigh` reads one triangle only.
     return (total + total.mT).cpu() / 2
 
 
 def combine(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows of ``matrix @ block`` in the type of the block; rows without weight do not matter, whatever they hold.
+    """Compute ``matrix @ block`` in the type of the block; rows without weight may hold NaN or infinity.
 
     Args:
         matrix: Weights of shape (m, n), in double precision on the CPU.
         block: Some columns of the rows, of shape (n, s).
-        out: Where to write the result, of shape (m, s) and the type of the block; anywhere by default.
+        out: Where to write the result, of shape (m, s) and the type of the block; by default new memory.
 
     Example:
         >>> combine(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0], [2.0], [torch.nan]]))
@@ -159,11 +161,12 @@ def combine(matrix: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
     """
     used = matrix.ne(0).any(dim=0)
     num_used = int(used.sum())
+    # Multiplying by zeros is faster than copying the used rows, as long as most are used.
     if 2 * num_used > len(used):
         result = _product(matrix, block, out)
         if num_used == len(used) or bool(result.isfinite().all()):
             return result
-    # Not a number, times zero, is not a number.
+    # Zero times NaN is NaN: rows without weight have to be left out of the product.
     chosen = used.nonzero().flatten()
     return _product(matrix[:, chosen], block[chosen.to(block.device)], out)
 
@@ -174,7 +177,7 @@ def _product(matrix: Tensor, block: Tensor, out: Tensor | None) -> Tensor:
 
 
 def squared_distances(gram: Tensor) -> Tensor:
-    """Squared distances of the rows from each other, of shape (n, n), with zeros on the diagonal.
+    """Compute squared distances of the rows from each other, of shape (n, n), with zeros on the diagonal.
 
     Args:
         gram: Inner products of shape (n, n), whatever was subtracted from the rows.
@@ -190,7 +193,7 @@ def squared_distances(gram: Tensor) -> Tensor:
 
 
 def check_rows(rows: Rows) -> Rows:
-    """Refuse what is neither a matrix nor vectors of one length, or is not made of real floating-point numbers."""
+    """Refuse anything but a matrix or vectors of one length, of real floating-point numbers."""
     remedy = "Pass one flat gradient per worker."
     parts = [rows] if isinstance(rows, Tensor) else list(rows)
     shapes = [tuple(part.shape) for part in parts]

@@ -23,11 +23,11 @@ _BATCH = 128
 
 
 def smallest_diameter_subset(distances: Tensor, size: int) -> list[int]:
-    """Numbers of the ``size`` points whose largest distance from each other is smallest.
+    """Find the ``size`` points whose largest distance from each other is smallest.
 
     Args:
         distances: Distances of the points, or an increasing function of them, of shape (n, n).
-        size: How many points to choose.
+        size: Number of points to choose.
 
     Example:
         >>> import torch
@@ -49,14 +49,11 @@ def smallest_diameter_subset(distances: Tensor, size: int) -> list[int]:
 
 
 def smallest_covariance_subset(gram: Tensor, size: int) -> list[int]:
-    r"""Numbers of the ``size`` rows whose covariance has the smallest top eigenvalue.
-
-    A matrix A with non-negative eigenvalues has none above its top one λ, so :math:`\lVert A \rVert_F^2 \le \lambda
-    \operatorname{tr} A`: subsets whose bound is above the best λ so far are passed over.
+    r"""Find the ``size`` rows whose covariance has the smallest top eigenvalue.
 
     Args:
         gram: Inner products of the rows, of shape (n, n), whatever was subtracted from them.
-        size: How many rows to choose.
+        size: Number of rows to choose.
 
     Example:
         >>> rows = torch.tensor([[0.0], [1.0], [1.5], [7.0]])
@@ -78,19 +75,20 @@ def smallest_covariance_subset(gram: Tensor, size: int) -> list[int]:
 
 
 def _farther_than(rows: list[list[float]], radius: float) -> list[int]:
-    """For each point those that are farther away than the radius, as the bits of a number."""
+    """Return, for each point, the points farther away than the radius as the bits of a number."""
     return [sum(1 << j for j, distance in enumerate(row) if distance > radius) for row in rows]
 
 
 def _cover(far: Sequence[int], alive: int, budget: int, totals: Sequence[float]) -> int | None:
-    """Points among those alive, no more than the budget, that every pair has one of; as bits. None if there are none.
+    """Find at most ``budget`` points of which every pair that is far apart has one, as bits; ``None`` if impossible.
 
-    Where there is a choice, it falls on the point that is farther from all others, not on the one of lower number.
+    Ties are broken by the sum of distances, not by number, so that the subset prefers points near the others.
     """
     degrees = {i: (far[i] & alive).bit_count() for i in range(len(far)) if alive >> i & 1}
     if not any(degrees.values()):
         return 0
     chosen = max(degrees, key=lambda i: (degrees[i], totals[i]))
+    # No point covers more pairs than this one: the budget cannot cover all, and the search is cut here.
     if sum(degrees.values()) > 2 * budget * degrees[chosen]:
         return None
     leaves = [i for i, degree in degrees.items() if degree == 1]

@@ -12,7 +12,7 @@ from lightning_sgd._validation import expect
 
 
 def gram_singular_values(grams: Tensor) -> Tensor:
-    r"""Singular values of W from :math:`WW^\top`, descending; NaN where the Gram matrix is not finite.
+    r"""Compute the singular values of W from :math:`WW^\top`, descending; NaN where the Gram matrix is not finite.
 
     Args:
         grams: Symmetric positive semi-definite matrices of shape (…, m, m).
@@ -28,7 +28,7 @@ def gram_singular_values(grams: Tensor) -> Tensor:
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
-    r""":math:`WW^\top`, of which only one half is computed where that pays.
+    r"""Compute :math:`WW^\top`; of large matrices only one half, by symmetry.
 
     Args:
         rows: Matrices W of shape (…, m, n).
@@ -38,6 +38,7 @@ def gram_matrix(rows: Tensor) -> Tensor:
         tensor([[ 9.,  0.],
                 [ 0., 16.]])
     """
+    # For small matrices the calls cost more than half of the product saves.
     if rows.shape[-2] < 256:
         return rows @ rows.mT
     above, below = rows.tensor_split(2, dim=-2)
@@ -47,7 +48,7 @@ def gram_matrix(rows: Tensor) -> Tensor:
 
 
 def eigenvalues(matrices: Tensor) -> Tensor:
-    """Eigenvalues of symmetric matrices, ascending."""
+    """Compute the eigenvalues of symmetric matrices, ascending."""
     values: Tensor = torch.linalg.eigvalsh(matrices)
     return values
 
@@ -60,14 +61,15 @@ def where_finite(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tens
 
 
 def normalize(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The matrix with its largest element scaled to one, and that scale with one dimension for what is computed."""
+    """Scale the largest element to one; return the matrix and the scale, which has a last dimension of size 1."""
+    # Scaled to at most 1, squares cannot overflow, and that of the largest element cannot vanish.
     wide = as_wide(matrix, dtype)
     scale = _largest_magnitude(wide)
     return wide / torch.where(scale > 0, scale, 1.0)[..., None], scale
 
 
 def as_wide(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix, checked, in the wider of its own type and this one, where it can be computed with."""
+    """Check the matrix and convert it to the wider of its own type and ``dtype``."""
     remedy = "Leave it out."
     expect(not matrix.is_complex(), "matrices", "real", matrix.dtype, remedy)
     expect(matrix.ndim >= 2, "matrices", "of shape (…, m, n)", tuple(matrix.shape), remedy)
@@ -86,14 +88,14 @@ def _largest_magnitude(matrix: Tensor) -> Tensor:
 
 
 class GramQueue:
-    """Gram matrices that wait for others of their size, to be decomposed together.
+    """A queue that decomposes Gram matrices of equal size together.
 
     Args:
         of_batch: Function from Gram matrices (b, m, m) to a vector for each, (b, k).
         max_elements: Apply it whenever so many elements of one size have been collected.
 
     Attributes:
-        results: For each number, the vectors of its matrix, of shape (…, k).
+        results: For each index, the vectors of its matrix, of shape (…, k).
     """
 
     def __init__(self, of_batch: Callable[[Tensor], Tensor], max_elements: int) -> None:
@@ -102,16 +104,17 @@ class GramQueue:
         self.results: dict[int, Tensor] = {}
 
     def put(self, index: int, matrix: Tensor) -> None:
-        """Add the Gram matrix of the matrix number ``index`` on its short side."""
+        """Add the Gram matrix, on its short side, of the matrix with this index."""
         short = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
         gram = gram_matrix(short)
+        # Matrices of one short side share a batch, whatever their long sides.
         key = gram.device, gram.dtype, gram.shape[-1]
         self.waiting[key][index] = gram
         if sum(other.numel() for other in self.waiting[key].values()) >= self.max_elements:
             self._solve(key)
 
     def finish(self) -> list[Tensor]:
-        """The results of all numbers in order."""
+        """Decompose the remaining matrices and return all results in order."""
         for key in list(self.waiting):
             self._solve(key)
         return [self.results[index] for index in range(len(self.results))]

@@ -30,7 +30,7 @@ from lightning_sgd.functional.spectra.gram import (
 )
 
 SMALL_SIDE = 128
-"""Up to here all eigenvalues of a Gram matrix take no longer than the Lanczos method."""
+"""Up to this size all eigenvalues of a Gram matrix take no longer than the Lanczos method."""
 MAX_STEPS = 64
 STEPS_BETWEEN_CHECKS = 4
 GROWTH_OVER = 2  # checks
@@ -63,7 +63,7 @@ class SchattenNorms(NamedTuple):
 def schatten_norms(
     matrices: Iterable[Tensor], *, num_steps: int = 32, max_batch_elements: int = 2**24
 ) -> list[SchattenNorms]:
-    """The norms behind stable rank and participation ratio, for the price of a Gram matrix.
+    """Compute the norms behind stable rank and participation ratio, at the cost of a Gram matrix.
 
     Where the short side is above 128, the spectral norm is a lower bound by ``num_steps`` steps of the Lanczos method
     from a fixed random vector: exact for a spectrum with a gap, about 0.1 % below for the dense spectrum of a large
@@ -101,7 +101,7 @@ def schatten_norms(
 
 
 def extreme_norms(matrices: Iterable[Tensor], *, rtol: float = 2e-3) -> list[SchattenNorms]:
-    """Frobenius and spectral norm of each matrix, without the fourth root of Σσ⁴, which is NaN.
+    """Compute the Frobenius and spectral norm of each matrix; the fourth root of Σσ⁴ is NaN.
 
     The spectral norm of short sides up to 128 comes from eigenvalues. Otherwise it is a lower bound from a fixed random
     vector, so that the same matrix has the same value on every machine of a kind, whatever was measured before.
@@ -130,7 +130,7 @@ def extreme_norms(matrices: Iterable[Tensor], *, rtol: float = 2e-3) -> list[Sch
                 large[num_matrices] = _norms_of_large(wide, rtol)
             num_matrices += 1
 
-    # One pass: those of large matrices are taken while those of small ones are collected.
+    # One pass: norms of large matrices are computed while small ones are collected for their batches.
     with full_precision():
         others = iter([_without_four(norms) for norms in schatten_norms(small())])
     return [large[i] if i in large else next(others) for i in range(num_matrices)]
@@ -146,7 +146,7 @@ def _norms_of_grams(grams: Tensor, num_steps: int) -> Tensor:
 
 
 def _largest_eigenvalue(grams: Tensor, num_steps: int) -> Tensor:
-    """By the Lanczos method with full orthogonalisation, from below."""
+    """Bound the largest eigenvalue from below by the Lanczos method with full orthogonalisation."""
     size = grams.shape[-1]
     if size <= SMALL_SIDE:
         return eigenvalues(grams)[..., -1]
@@ -159,11 +159,7 @@ def _largest_eigenvalue(grams: Tensor, num_steps: int) -> Tensor:
 
 
 def _start_direction(like: Tensor) -> Tensor:
-    """A random vector of length one, always the same for the same size, type and device, of shape (size,).
-
-    Args:
-        like: Its second last dimension, type and device are taken.
-    """
+    """Draw a unit vector of size ``like.shape[-2]``, the same in every call, so that results are reproducible."""
     generator = torch.Generator(like.device).manual_seed(0)
     size = like.shape[-2]
     start = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
@@ -172,14 +168,11 @@ def _start_direction(like: Tensor) -> Tensor:
 
 
 def _next_direction(image: Tensor, basis: Tensor) -> Tensor:
-    """The last direction times the matrix, made orthogonal to the basis; zero once the basis is invariant.
-
-    Args:
-        image: The product, of shape (…, m, 1).
-        basis: The directions so far, of shape (…, m, k).
-    """
+    """Make an image (…, m, 1) orthogonal to a basis (…, m, k) and scale it; zero once the basis is invariant."""
     rest = image
-    for _ in range(2):
+    for _ in range(
+        2
+    ):  # once leaves a part along the basis where the rest is short: twice is enough
         rest = rest - basis @ (basis.mT @ rest)
     length = torch.linalg.vector_norm(rest, dim=-2, keepdim=True)
     noise = (
@@ -212,7 +205,7 @@ def _frobenius_norm(matrix: Tensor) -> Tensor:
 
 
 def _largest_share(rows: Tensor, norm: Tensor, rtol: float) -> Tensor:
-    """σ₁² over ‖W‖_F², from below."""
+    """Bound σ₁²/‖W‖_F² from below."""
     num_steps = min(MAX_STEPS, len(rows))
     basis = rows.new_zeros(num_steps + 1, len(rows))
     images = torch.zeros_like(basis)
@@ -232,6 +225,7 @@ def _largest_share(rows: Tensor, norm: Tensor, rtol: float) -> Tensor:
 def _has_converged(found: list[Tensor], num_steps: int, rtol: float) -> bool:
     if len(found) <= GROWTH_OVER:
         return False
+    # If what is missing falls as 1/k², it is k/2p times the growth over the last p steps.
     growth = found[-1] - found[-1 - GROWTH_OVER]
     missing = growth * num_steps / (2 * GROWTH_OVER * STEPS_BETWEEN_CHECKS)
     return bool(missing <= rtol * found[-1])

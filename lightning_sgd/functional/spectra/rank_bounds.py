@@ -1,4 +1,4 @@
-r"""What batch size, step size and weight decay imply for the rank of a weight matrix.
+r"""Bounds on the rank of a weight matrix from batch size, step size and weight decay.
 
 A sample moves a weight matrix along at most P outer products, where P is how often the sample uses the matrix: once in
 a linear layer on vectors, once per output position in a convolution, once per token on sequences. So the gradient of B
@@ -31,7 +31,7 @@ from lightning_sgd._validation import expect
 def gradient_rank_bound(
     shape: tuple[int, int], batch_size: int, num_uses: int = 1, batch_norm_follows: bool = False
 ) -> int:
-    """Largest rank that the gradient of one step can have.
+    """Compute the largest rank that the gradient of one step can have.
 
     Args:
         shape: Rows and columns of the weight matrix.
@@ -50,7 +50,7 @@ def gradient_rank_bound(
 def stationarity_gap(
     weight: Tensor, grad: Tensor, weight_decay: float, kind: Literal["fro", "spectral"] = "spectral"
 ) -> Tensor:
-    r"""How far the normalised weights can be from a matrix of the rank of one batch's gradient.
+    r"""Bound the distance of the normalised weights from a matrix of the rank of one batch's gradient.
 
     With G the batch's gradient of the loss without decay, whatever the batch,
 
@@ -80,13 +80,13 @@ def stationarity_gap(
 
 
 class Transfer(NamedTuple):
-    """What steps do to (weights, momentum buffer) apart from what the gradients add: a 2×2 matrix.
+    """The 2×2 matrix by which steps act on (weights, momentum buffer), without the terms of the gradients.
 
     Attributes:
-        ww: From weights to weights.
-        wv: From buffer to weights.
-        vw: From weights to buffer.
-        vv: From buffer to buffer.
+        ww: Factor from weights to weights.
+        wv: Factor from buffer to weights.
+        vw: Factor from weights to buffer.
+        vv: Factor from buffer to buffer.
     """
 
     ww: float = 1.0
@@ -95,7 +95,7 @@ class Transfer(NamedTuple):
     vv: float = 1.0
 
     def after(self, earlier: Transfer) -> Transfer:
-        """The steps of ``earlier``, then these."""
+        """Compose: the steps of ``earlier``, then these."""
         return Transfer(
             self.ww * earlier.ww + self.wv * earlier.vw,
             self.ww * earlier.wv + self.wv * earlier.vv,
@@ -112,7 +112,7 @@ def sgd_transfer(
     nesterov: bool = False,
     decoupled: bool = False,
 ) -> Transfer:
-    """The matrix of one step of ``torch.optim.SGD``, or of SGD with decoupled decay.
+    """Compute the matrix of one step of ``torch.optim.SGD``, or of SGD with decoupled decay.
 
     Args:
         lr: Step size [μ].
@@ -126,6 +126,7 @@ def sgd_transfer(
         >>> sgd_transfer(lr=0.1, weight_decay=0.5).ww
         0.95
     """
+    # torch adds coupled decay to the gradient, so it enters the momentum buffer; decoupled decay does not.
     shrink, coupled = (1 - lr * weight_decay, 0.0) if decoupled else (1.0, weight_decay)
     vw, vv = (1 - dampening) * coupled * shrink, momentum
     if nesterov:
@@ -157,7 +158,7 @@ class Window:
 def trajectory_tails(
     windows: Sequence[Window], weight_norm: float, num_uses: int = 1
 ) -> list[tuple[int, float]]:
-    r"""What the steps so far imply for the spectrum: pairs (k, t) with :math:`\sigma_{k+1}(W)/\|W\|_F \le t`.
+    r"""Bound the spectrum by the steps so far: pairs (k, t) with :math:`\sigma_{k+1}(W)/\|W\|_F \le t`.
 
     Args:
         windows: Consecutive windows, oldest first, that end now.
@@ -183,7 +184,7 @@ def trajectory_tails(
 
 
 def trajectory_rank_bound(tails: Sequence[tuple[int, float]], eps: float) -> int | None:
-    """Smallest rank that bounds the number of singular values above ``eps``·‖W‖_F, if the steps imply any.
+    """Find the smallest bound on the number of singular values above ``eps``·‖W‖_F, if the steps imply one.
 
     Args:
         tails: From :func:`trajectory_tails`.
@@ -201,10 +202,10 @@ def trajectory_rank_bound(tails: Sequence[tuple[int, float]], eps: float) -> int
 def asymptotic_rank_bound(
     batch_size: int, lr: float, weight_decay: float, eps: float, num_uses: int = 1
 ) -> float:
-    r"""The paper's form for long training at constant settings, :math:`P B \log(2/\epsilon) / (\mu \lambda)`.
+    r"""Compute the paper's bound for long training at constant settings, :math:`P B \log(2/\epsilon) / (\mu \lambda)`.
 
-    It supposes that the norm of the weights has settled, and is violated while it falls. A trend, not a number to
-    compare a rank with: B = 16, μ = 0.1, λ = 5e-4 and ε = 1e-3 give 2.4 million.
+    It supposes that the norm of the weights no longer changes, and can be violated while the norm falls. It shows a
+    trend and is far above any rank: B = 16, μ = 0.1, λ = 5e-4 and ε = 1e-3 give 2.4 million.
 
     Args:
         batch_size: Samples behind one step [B].

@@ -23,7 +23,7 @@ SpectralNorm: TypeAlias = Literal["fro", "spectral"]
 def threshold_rank(
     singular_values: Tensor, tol: float | Tensor = 1e-3, norm: SpectralNorm = "fro"
 ) -> Tensor:
-    r"""How many singular values are above ``tol`` times a norm of the matrix.
+    r"""Count the singular values above ``tol`` times a norm of the matrix.
 
     With the Frobenius norm this is the rank of Galanti et al., :math:`\#\{i : \sigma_i / \|W\|_F > \tau\}`.
 
@@ -45,7 +45,7 @@ def threshold_rank(
 
 
 def hard_rank(singular_values: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The rank up to rounding, as ``torch.linalg.matrix_rank`` defines it.
+    """Compute the rank up to rounding, as ``torch.linalg.matrix_rank`` defines it.
 
     Args:
         singular_values: Tensor of shape (…, r).
@@ -61,9 +61,9 @@ def hard_rank(singular_values: Tensor, rows: int, columns: int, dtype: torch.dty
 
 
 def rounding_tolerance(rows: int, columns: int, dtype: torch.dtype) -> float:
-    """Singular values below this fraction of the largest can come from rounding: max(m, n) times machine epsilon.
+    """Return the fraction of σ₁ below which σ can come from rounding: max(m, n) times machine epsilon.
 
-    Half-precision types count as float32, as which they are multiplied: by their own epsilon, nothing would be left.
+    Half-precision types count as float32, the type of their products: by their own epsilon no rank would remain.
 
     Example:
         >>> rounding_tolerance(64, 512, torch.float64)
@@ -73,7 +73,7 @@ def rounding_tolerance(rows: int, columns: int, dtype: torch.dtype) -> float:
 
 
 def energy_rank(singular_values: Tensor, eta: float = 0.99) -> Tensor:
-    r"""How many singular values hold a share of the squared Frobenius norm.
+    r"""Count the largest singular values that hold a share of the squared Frobenius norm.
 
     .. math:: \min \Big\{ k : \sum_{i \le k} \sigma_i^2 \ge \eta \sum_i \sigma_i^2 \Big\}
 
@@ -89,12 +89,13 @@ def energy_rank(singular_values: Tensor, eta: float = 0.99) -> Tensor:
     ratios = _relative(singular_values).sort(dim=-1, descending=True).values
     energy = ratios.square().cumsum(dim=-1)
     total = energy[..., -1:]
+    # Of how many leading values the energy is still too small; one more completes the share.
     incomplete = _count(energy < eta * total, energy)
     return torch.where(total.squeeze(-1) == 0, 0.0, incomplete + 1)
 
 
 def stable_rank(singular_values: Tensor) -> Tensor:
-    r"""Squared Frobenius norm over squared spectral norm, :math:`\sum\sigma^2 / \sigma_1^2`.
+    r"""Compute the squared Frobenius norm over the squared spectral norm, :math:`\sum\sigma^2 / \sigma_1^2`.
 
     Args:
         singular_values: Tensor of shape (…, r).
@@ -107,14 +108,14 @@ def stable_rank(singular_values: Tensor) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor, power: int = 1) -> Tensor:
-    r"""Exponential of the entropy of the normalised spectrum.
+    r"""Compute the exponential of the entropy of the normalised spectrum.
 
     .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \sigma_i^k \Big/ \sum_j \sigma_j^k
 
     Args:
         singular_values: Tensor of shape (…, r).
         power: Exponent [k]: 1 for the definition of Roy and Vetterli, 2 for the entropy of the spectral energy, which
-            others call by the same name.
+            has the same name in other papers.
 
     Example:
         >>> effective_rank(torch.tensor([2.0, 1.0, 1.0]))
@@ -126,13 +127,14 @@ def effective_rank(singular_values: Tensor, power: int = 1) -> Tensor:
     expect(power in (1, 2), "power", "1 or 2", power, "1 is the definition of Roy and Vetterli.")
     weights = _relative(singular_values) ** power
     total = weights.sum(dim=-1)
+    # `xlogy` has 0·log 0 = 0; only a spectrum of zeros needs a denominator.
     p = weights / torch.where(total == 0, 1.0, total)[..., None]
     entropy = -torch.xlogy(p, p).sum(dim=-1)
     return torch.where(total == 0, 0.0, entropy.exp())
 
 
 def participation_ratio(singular_values: Tensor) -> Tensor:
-    r"""Effective number of equal squares, :math:`(\sum\sigma^2)^2 / \sum\sigma^4`.
+    r"""Compute the effective number of equal squares, :math:`(\sum\sigma^2)^2 / \sum\sigma^4`.
 
     Args:
         singular_values: Tensor of shape (…, r).
@@ -145,7 +147,7 @@ def participation_ratio(singular_values: Tensor) -> Tensor:
 
 
 def nuclear_ratio(singular_values: Tensor) -> Tensor:
-    r"""Nuclear norm over spectral norm, :math:`\sum\sigma / \sigma_1`.
+    r"""Compute the nuclear norm over the spectral norm, :math:`\sum\sigma / \sigma_1`.
 
     Args:
         singular_values: Tensor of shape (…, r).
@@ -158,7 +160,7 @@ def nuclear_ratio(singular_values: Tensor) -> Tensor:
 
 
 def intrinsic_dimension(singular_values: Tensor) -> Tensor:
-    r"""Squared nuclear norm over squared Frobenius norm, :math:`(\sum\sigma)^2 / \sum\sigma^2`.
+    r"""Compute the squared nuclear norm over the squared Frobenius norm, :math:`(\sum\sigma)^2 / \sum\sigma^2`.
 
     Args:
         singular_values: Tensor of shape (…, r).
@@ -171,7 +173,7 @@ def intrinsic_dimension(singular_values: Tensor) -> Tensor:
 
 
 def frobenius_norm(singular_values: Tensor) -> Tensor:
-    r"""The scale that the other measures ignore, :math:`\sqrt{\sum\sigma^2}`, without overflow.
+    r"""Compute the Frobenius norm, :math:`\sqrt{\sum\sigma^2}`, without overflow.
 
     Args:
         singular_values: Tensor of shape (…, r).
@@ -184,7 +186,7 @@ def frobenius_norm(singular_values: Tensor) -> Tensor:
 
 
 def spectral_norm(singular_values: Tensor) -> Tensor:
-    """The largest singular value.
+    """Return the largest singular value.
 
     Args:
         singular_values: Tensor of shape (…, r).
@@ -193,7 +195,7 @@ def spectral_norm(singular_values: Tensor) -> Tensor:
 
 
 def rankme(singular_values: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""RankMe of a feature matrix: the effective rank with a constant added to every share.
+    r"""Compute RankMe of a feature matrix: the effective rank with a constant added to every share.
 
     .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \sigma_i \Big/ \sum_j \sigma_j + \epsilon
 
@@ -219,7 +221,7 @@ def rankme(singular_values: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def _relative(singular_values: Tensor) -> Tensor:
-    """Divided by the largest: squares and fourth powers then neither overflow nor vanish."""
+    """Divide by the largest, so that squares and fourth powers neither overflow nor vanish."""
     largest = singular_values.amax(dim=-1, keepdim=True)
     return singular_values / torch.where(largest == 0, 1.0, largest)
 

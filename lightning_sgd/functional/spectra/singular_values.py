@@ -4,7 +4,7 @@ The singular values of an m × n matrix W are the square roots of the eigenvalue
 :math:`WW^\top` for m ≤ n. Forming it and solving for eigenvalues takes about :math:`m^2 n + \tfrac43 m^3` operations
 where a singular value decomposition takes :math:`4 m^2 n`, and matrices that share only their short side share a batch.
 
-The price is accuracy: rounding in a Gram matrix is relative to :math:`\sigma_1^2`, so that singular values below
+The disadvantage is accuracy: rounding in a Gram matrix is relative to :math:`\sigma_1^2`, so that singular values below
 :math:`\sqrt\varepsilon\,\sigma_1` are noise. :func:`smallest_resolved` says where that is, and ``method="auto"`` takes
 the cheapest route that resolves what it is asked for:
 
@@ -54,7 +54,7 @@ def singular_values(
     sketch_size: int = 64,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """Singular values of each matrix, in descending order.
+    """Compute the singular values of each matrix, in descending order.
 
     A matrix that contains NaN or Inf has NaN for singular values; it neither raises nor touches the others. Matrices
     are scaled before they are squared, so that no finite one overflows. They are taken one at a time: of those that a
@@ -108,9 +108,9 @@ def singular_values(
 
 
 def _in_single_precision(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Scaled singular values by a float32 Gram matrix, and the scale, if none is so small that it would need float64.
+    """Try a float32 Gram matrix: return scaled singular values and scale, or ``None`` if one of them needs float64.
 
-    An oblong matrix has no small ones unless its rank has collapsed, and float32 takes half the time.
+    An oblong matrix has no small singular values unless its rank has collapsed, and float32 takes half the time.
     """
     short, long = sorted(matrix.shape[-2:])
     if matrix.dtype == torch.float64 or short < 64 or long < 2 * short:
@@ -123,7 +123,7 @@ def _in_single_precision(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 class Route(NamedTuple):
-    """How the singular values of a matrix are computed."""
+    """Method and type by which singular values are computed."""
 
     method: str
     dtype: torch.dtype
@@ -132,7 +132,7 @@ class Route(NamedTuple):
 def choose_route(
     method: SpectrumMethod, dtype: torch.dtype | None, resolution: float, matrix_dtype: torch.dtype
 ) -> Route:
-    """The cheapest way to resolve singular values down to ``resolution``, or the most accurate one if none does.
+    """Choose the cheapest way to resolve singular values down to ``resolution``, or else the most accurate one.
 
     Args:
         method: As for :func:`singular_values`.
@@ -152,13 +152,14 @@ def choose_route(
     dtypes = (torch.float32, torch.float64) if dtype is None else (dtype,)
     for candidate in itertools.product(methods, dtypes):
         route = Route(candidate[0], torch.promote_types(candidate[1], own))
+        # Candidates go from cheap to accurate. The factor 2: see the noise in `smallest_resolved`.
         if 2 * smallest_resolved(*route) <= needed:
             break
     return route
 
 
 def smallest_resolved(method: str, dtype: torch.dtype) -> float:
-    """Ratio σ/σ₁ below which a method returns rounding noise, about a tenth of which remains at twice the ratio.
+    """Return the ratio σ/σ₁ below which a method gives rounding noise; at twice the ratio a tenth of it remains.
 
     Args:
         method: ``"gram"``, ``"svd"`` or ``"sketch"``.
@@ -202,6 +203,7 @@ def _sketch(matrix: Tensor, size: int, generator: torch.Generator | None) -> Ten
 
     def restricted(short: Tensor) -> Tensor:
         basis = torch.linalg.qr(short @ probes.to(short.device)).Q
+        # One power iteration more: a flat spectrum would else be caught only in part.
         basis = torch.linalg.qr(short @ (short.mT @ basis)).Q
         return _svdvals(basis.mT @ short)
 

@@ -62,10 +62,10 @@ CHEAPEST: tuple[Measure, ...] = ("stable_rank", "frobenius_norm", "spectral_norm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpectralMeasures:
-    """What ``spectral_stats`` is asked for, checked: for callers that ask more than once.
+    """Checked settings of ``spectral_stats``, for callers that measure more than once.
 
     Attributes:
-        measures: Which measures to take; this and the others as for ``spectral_stats``.
+        measures: Which measures to take; all settings as for ``spectral_stats``.
         tol: Thresholds.
         tol_norm: Norm that the thresholds refer to.
         eta: Shares of energy.
@@ -94,7 +94,7 @@ class SpectralMeasures:
 
     @property
     def resolution(self) -> float:
-        """Smallest σ/σ₁ that the measures depend on."""
+        """The smallest σ/σ₁ that the measures depend on."""
         # Many small σ add up in the measures of Σσ, and the last share of Σσ² is spread over the whole tail.
         needed = {
             "rank": min(self.tol),
@@ -107,7 +107,7 @@ class SpectralMeasures:
         return min(needed.get(name, 1e-3) for name in self.measures)
 
     def of(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
-        """One value per key and matrix, as ``spectral_stats_of``."""
+        """Measure matrices of any sizes, as ``spectral_stats_of``."""
         limits: list[Tensor] = []
         watched = self._watch(matrices, limits)
         if self.method == "cheap":
@@ -117,7 +117,7 @@ class SpectralMeasures:
         return self._from_spectra(spectra, _stack(limits).squeeze(-1))
 
     def of_batch(self, weight: Tensor) -> dict[str, Tensor]:
-        """Values for each matrix of a batch, as ``spectral_stats``."""
+        """Measure each matrix of a batch, as ``spectral_stats``."""
         if self.method == "cheap":
             matrices = weight.reshape(-1, *weight.shape[-2:])
             norms = [torch.stack(norms) for norms in self._norms(matrices)]
@@ -129,7 +129,7 @@ class SpectralMeasures:
         return self._from_spectra(spectra, _rounding_limit(weight))
 
     def _watch(self, matrices: Iterable[Tensor], limits: list[Tensor]) -> Iterator[Tensor]:
-        """The matrices, noting on the way what ``hard_rank`` needs to know of them."""
+        """Pass the matrices on, and collect the rounding limits that ``hard_rank`` needs."""
         for matrix in matrices:
             shape = tuple(matrix.shape)
             expect(matrix.ndim == 2, "matrices", "two-dimensional", shape, "Use `flatten(1)`.")
@@ -160,7 +160,7 @@ class SpectralMeasures:
         return {key: values[key] for key in self.keys}
 
     def _functions(self, limit: Tensor | float) -> dict[str, Callable[[Tensor], Tensor]]:
-        """For each key a function of the singular values."""
+        """Return for each key a function of the singular values."""
         found: dict[str, Callable[[Tensor], Tensor]] = {}
         for name in self.measures:
             if name == "rank":
@@ -189,7 +189,7 @@ def spectral_stats(
     power: Literal[1, 2] = 1,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Measures of the spectrum of one matrix, or of each matrix of a batch.
+    """Measure the spectrum of one matrix, or of each matrix of a batch.
 
     ======================= ============================ ==============================================================
     measure                 key                          definition, from singular values σ₁ ≥ σ₂ ≥ …
@@ -251,7 +251,7 @@ def spectral_stats(
 
 
 def spectral_stats_of(matrices: Iterable[Tensor], **settings: Any) -> dict[str, Tensor]:
-    """Measures of the spectra of matrices of any sizes, decomposed together.
+    """Measure the spectra of matrices of any sizes, decomposed together.
 
     The matrices are taken one at a time, so that a generator need not hold them all. Results are on the device of the
     first matrix; nothing but the decompositions themselves waits for it.
@@ -280,7 +280,7 @@ def _rounding_limit(matrix: Tensor) -> Tensor:
 
 
 def _stack(vectors: Sequence[Tensor], width: int = 1) -> Tensor:
-    """One row per vector, on the device of the first, filled up with zeros, which no measure sees."""
+    """Stack vectors as rows on the device of the first, padded with zeros, which change no measure."""
     if not vectors:
         return torch.zeros(0, width)
     width = max(len(vector) for vector in vectors)
@@ -324,10 +324,11 @@ def _validate_numbers(settings: SpectralMeasures) -> None:
 
 
 def _validate_accuracy(settings: SpectralMeasures) -> None:
-    """Refuse a method, chosen by the user, that would count rounding noise."""
+    """Refuse a method, chosen by the user, by which rounding noise would be counted."""
     if settings.method == "auto" or settings.method == "cheap":
         return
     counted = {"rank": min(settings.tol), "hard_rank": 1e-6}
+    # Counts are wrong by whole numbers below the resolution; other measures lose digits only.
     for measure in counted.keys() & set(settings.measures):
         needed = counted[measure]
         route = choose_route(settings.method, settings.dtype, needed, torch.float32)

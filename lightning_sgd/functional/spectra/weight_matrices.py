@@ -1,4 +1,4 @@
-"""The weight matrices of a module: which they are, what they are called, and how to read them without a trace."""
+"""The weight matrices of a module: find, name and read them without side effects."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class WeightMatrix:
     """One weight matrix of a module.
 
     Attributes:
-        name: Name of the weight as the module's user spells it, with the name of the block where a weight is several.
+        name: Name of the weight in the module, with the name of the block if the weight holds several matrices.
         shape: Numbers of rows and columns.
         module: The module that owns the weight.
         weight: Name of the weight in that module.
-        block: Which of the equal blocks of rows the matrix is.
+        block: Index of the block of rows that is the matrix.
         num_blocks: Number of these blocks.
     """
 
@@ -52,11 +52,11 @@ class WeightMatrix:
     num_blocks: int = field(default=1, repr=False)
 
     def read(self) -> Tensor:
-        """The current values, as a detached tensor that shares memory with the parameter where it can.
+        """Read the current values, as a detached tensor that shares memory with the parameter if possible.
 
         A weight that is computed from others is computed as in evaluation mode, so that reading it advances no power
-        iteration. Gradients, buffers, random states and modes stay as they are. A sharded weight is gathered, which
-        all its ranks must do together.
+        iteration. Gradients, buffers, random states and modes stay unchanged. A sharded weight is gathered: a
+        collective operation that all its ranks must call.
         """
         with torch.no_grad():
             weight = _effective_weight(self.module, self.weight).detach()
@@ -73,7 +73,7 @@ def find_weight_matrices(
     exclude: Sequence[str] | None = None,
     min_side: int = 8,
 ) -> list[WeightMatrix]:
-    """Every weight of a module that acts as a matrix.
+    """Find every weight of a module that acts as a matrix.
 
     ===================================== ==================================================================
     weight of                             matrices
@@ -182,14 +182,16 @@ def _candidates(root: nn.Module) -> Iterator[_Candidate]:
 
 
 def _weights(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, tuple[nn.Parameter, ...]]]:
-    """Every weight that a forward pass uses: its path, its module, its name there, the parameters behind it."""
+    """Yield every weight that a forward pass uses: path, module, name in the module, parameters it is made from."""
     hidden: set[nn.Module] = set()
     for path, module in root.named_modules(remove_duplicate=False):
+        # Modules inside parametrizations hold the sources of a weight, not weights of their own.
         if module in hidden:
             continue
         prefix = f"{path}.".replace("_orig_mod.", "").removeprefix(".")
         behind = {name: (parameter,) for name, parameter in module.named_parameters(recurse=False)}
         for name in _computing_hooks(module):
+            # Parameters of torch's hooks: weight norm has g and v, spectral norm and pruning have orig.
             sources = [f"{name}{suffix}" for suffix in ("_g", "_v", "_orig")]
             behind[name] = tuple(behind.pop(source)[0] for source in sources if source in behind)
         if parametrize.is_parametrized(module):
@@ -203,7 +205,7 @@ def _weights(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, tuple[nn.Pa
 
 
 def _effective_weight(module: nn.Module, name: str) -> Tensor:
-    """The weight as a forward pass in evaluation mode computes it."""
+    """Compute the weight as a forward pass in evaluation mode does."""
     weight: Tensor
     if parametrize.is_parametrized(module, name):
         # Not by attribute: inside `parametrize.cached()` that would leave a weight without gradient in the cache.
@@ -218,7 +220,7 @@ def _effective_weight(module: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, by the flags only: `Module.train` can be overridden to do more."""
+    """Set evaluation mode by the flags only: an overridden `Module.train` may have side effects."""
     training = [child for child in module.modules() if child.training]
     try:
         for child in training:
@@ -230,7 +232,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _computing_hooks(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """The weights that hooks before the forward pass write, each with a way to compute it without writing."""
+    """Find the weights that forward pre-hooks write, each with a function that computes it without writing."""
     found: dict[str, Callable[[], Tensor]] = {}
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
@@ -243,7 +245,7 @@ def _computing_hooks(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 
 def _blocks(module: nn.Module, name: str) -> tuple[str, ...]:
-    """Suffixes of the matrices that are stacked in one weight; none where it is a single one."""
+    """Return the suffixes of the matrices that are stacked in one weight; none for a single matrix."""
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
         return (".q", ".k", ".v")
     if isinstance(module, _ConvNd) and name == "weight" and module.groups > 1:

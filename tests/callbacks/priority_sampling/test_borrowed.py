@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
 from functools import wraps
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
-from support.priority_training import BATCHES, B, Clusters, Draws, Linear, fit, loader, quiet
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.priority_training import BATCHES, B, C, Clusters, Draws, Linear, fit, loader, quiet
 from support.training import trainer
 from torch.utils.data import DataLoader
 
@@ -108,3 +112,33 @@ def test_a_decorated_training_step_gets_what_it_asks_for(tmp_path):
 
     module, draws, _ = fit(tmp_path, quiet(), Decorated())
     assert module.seen == [draw.indices.tolist() for draw in draws]
+
+
+class Copies(Callback):
+    """Copies and pickles the module in mid-training, as EMA callbacks and spawned workers do."""
+
+    def __init__(self):
+        self.num = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for copied in (copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))):
+            for param in copied.parameters():
+                param.data.zero_()
+            # All logits are 0, so the loss is that of a uniform guess.
+            assert copied.training_step(batch, 0).item() == pytest.approx(math.log(C))
+            self.num += 1
+
+
+def test_copies_of_the_module_train_by_their_own_weights(tmp_path):
+    copies = Copies()
+    fit(tmp_path, quiet(beta=1.0, uniform_mix=0.5), callbacks=[copies], max_epochs=2)
+    assert copies.num == 4 * BATCHES
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_a_training_goes_on_without_the_callback(tmp_path):
+    keep = ModelCheckpoint(tmp_path, "middle", every_n_train_steps=BATCHES)
+    fit(tmp_path, quiet(), callbacks=[keep], enable_checkpointing=True, max_epochs=1)
+    resumed = trainer(tmp_path, max_epochs=2)
+    resumed.fit(Linear(), loader(), ckpt_path=tmp_path / "middle.ckpt")
+    assert resumed.global_step == 2 * BATCHES

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Callback
-from support.priority_training import BATCHES, B, C, Clusters, Linear, N, fit, quiet
-from torch.nn.functional import cross_entropy
+from support.priority_training import BATCHES, B, C, Clusters, D, Linear, N, fit, quiet
+from torch.nn.functional import cross_entropy, mse_loss
+
+from lightning_sgd import InBatchSelection
 
 
 class OwnLoss(Linear):
@@ -93,3 +95,79 @@ def test_from_the_second_step_on_one_part_is_listened_to(tmp_path, reduce, num_h
             assert type(outputs["loss"]) is torch.Tensor
 
     fit(tmp_path, quiet(), Linear(reduce), callbacks=[Hooks()])
+
+
+class LogsMore(Linear):
+    """Logs a second loss of the same outputs, before or after the one that it returns."""
+
+    def __init__(self, first, **settings):
+        super().__init__(**settings)
+        self.first, self.logged = first, []
+
+    def loss(self, logits, y):
+        other = self.other(logits, y) if self.first else None
+        loss = super().loss(logits, y)
+        self.logged.append((self.other(logits, y) if other is None else other).item())
+        return loss
+
+    def other(self, logits, y):
+        return mse_loss(logits, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_losses_that_are_only_logged_do_not_count(tmp_path, first):
+    settings = {"score": "loss", "beta": 1.0, "uniform_mix": 0.5}
+    plain, others = quiet(**settings), quiet(**settings)
+    expected, _, _ = fit(tmp_path, plain)
+    module, draws, _ = fit(tmp_path, others, LogsMore(first))
+    assert torch.equal(others.run.sampler.table.scores, plain.run.sampler.table.scores)
+    assert torch.equal(module.layer.weight, expected.layer.weight)
+    # Plain: the module of the last batch is known by its weights before it.
+    assert len(module.logged) == len(draws)
+
+
+def test_what_is_logged_has_no_weights(tmp_path):
+    callback = quiet(beta=1.0, uniform_mix=0.5)
+    module = LogsMore(True, lr=0.0)
+    with torch.no_grad():
+        module.layer.bias.copy_(torch.arange(C))
+        module.layer.weight.copy_(torch.arange(C * D).reshape(C, D) / 10)
+    _, draws, _ = fit(tmp_path, callback, module)
+    data = Clusters()
+    logits = (data.x @ module.layer.weight.T + module.layer.bias).detach()
+    for draw, logged in zip(draws, module.logged, strict=True):
+        assert logged == pytest.approx(logits[draw.indices].square().mean().item(), rel=1e-5)
+
+
+class OnlyLogs(Linear):
+    def loss(self, logits, y):
+        cross_entropy(logits, y)
+        return logits.square().mean()
+
+
+def test_a_returned_loss_that_cannot_be_taken_apart_is_refused_beside_one_that_is_logged(tmp_path):
+    with pytest.raises(RuntimeError, match="got none of them that it returns"):
+        fit(tmp_path, quiet(), OnlyLogs())
+
+
+class Turns(Linear):
+    """Returns the loss that it only logged before, from the second epoch on."""
+
+    def loss(self, logits, y):
+        losses = [cross_entropy(logits, y), mse_loss(logits, torch.zeros_like(logits))]
+        return losses[self.current_epoch > 0]
+
+
+def test_a_loss_that_is_returned_later_is_named(tmp_path):
+    with pytest.warns(UserWarning, match="gave no weight to a loss of a batch"):
+        fit(tmp_path, quiet(beta=1.0, uniform_mix=0.5), Turns(lr=0.1))
+
+
+def test_selections_look_at_the_returned_loss_alone(tmp_path):
+    # Largest losses of the returned kind: after zero weights all are equal, and the first step decides.
+    rule = {"keep": 0.25, "rule": "top", "start": 0.0, "end": 1.0, "interrupt": 0}
+    seen = [
+        fit(tmp_path, quiet(selection=InBatchSelection(**rule), score="loss"), module)[0].seen
+        for module in (Linear(), LogsMore(False), LogsMore(True))
+    ]
+    assert seen[0] == seen[1] == seen[2]

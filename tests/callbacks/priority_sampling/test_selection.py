@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import UserDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,13 +16,16 @@ from support.priority_training import (
     D,
     Linear,
     N,
+    as_sample,
     fit,
     loader,
+    parts,
     quiet,
     ranks,
 )
 from support.watching import assert_equal
 from torch.nn.functional import cross_entropy
+from torch.utils.data import default_collate
 
 from lightning_sgd import InBatchSelection, Presampling
 
@@ -157,3 +162,75 @@ def test_selection_on_two_ranks(tmp_path, rule):
     assert_equal(first["indices"], second["indices"], "what was drawn")
     assert_equal(first["state"], second["state"], "the state")
     assert torch.equal(first["weight"], second["weight"])
+
+
+class Pair:
+    """A batch that only moves, as those of graph libraries do."""
+
+    def __init__(self, index, x, y):
+        self.index, self.x, self.y = index, x, y
+
+    def to(self, *args, **kwargs):
+        return self
+
+    def __iter__(self):
+        return iter((self.index, self.x, self.y))
+
+
+class Frozen(NamedTuple):
+    index: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def as_pair(items):
+    return Pair(*default_collate(items))
+
+
+def as_named(items):
+    return Frozen(*default_collate(items))
+
+
+def as_mapping(items):
+    return UserDict(zip(("index", "x", "y"), default_collate(items), strict=True))
+
+
+class Takes(Linear):
+    """Takes its batch apart, and changes the inputs in place."""
+
+    def training_step(self, batch, batch_idx):
+        if isinstance(batch, (dict, UserDict)):
+            batch = [batch.pop(name) for name in ("index", "x", "y")]
+        index, x, y = parts(batch)
+        return super().training_step((index, x.mul_(2.0), y), batch_idx)
+
+
+@pytest.mark.parametrize("collate", [as_pair, as_named, as_mapping, as_sample, None])
+def test_steps_that_change_their_batch_see_a_fresh_one(tmp_path, collate):
+    # Inputs are doubled once, however often the step runs: the scores are those of twice the data.
+    selection = InBatchSelection(keep=0.5, rule="top", start=0.0, end=1.0, interrupt=0)
+    callback = quiet(selection=selection, score="loss", half_life=None)
+    module = Takes(lr=0.0)
+    with torch.no_grad():
+        module.layer.weight.copy_(torch.arange(C * D).reshape(C, D) / 10)
+    batch_format = "dict" if collate is None else "tuple"
+    data = loader(batch_format, collate_fn=collate)
+    fit(tmp_path, callback, module, data, watch=False, max_epochs=1)
+    points = Clusters()
+    logits = (2 * points.x @ module.layer.weight.T).detach()
+    expected = cross_entropy(logits, points.y, reduction="none")
+    torch.testing.assert_close(callback.run.sampler.table.scores, expected)
+
+
+def test_objects_with_other_rows_are_refused(tmp_path):
+    def collate(items):
+        batch = as_pair(items)
+        batch.edges = torch.zeros(2, 30)
+        return batch
+
+    selection = InBatchSelection(start=0.0, end=1.0, interrupt=0)
+    message = (
+        r"every tensor of Pair to have one row for each of the 8 samples .*got shape \(2, 30\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, quiet(selection=selection), data=loader(collate_fn=collate), watch=False)

@@ -1,4 +1,4 @@
-"""Where the numbers of the traffic of a strategy come from."""
+"""Find out what a strategy sends: by its own counts, by DDP's wrapper, or not at all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from typing import Protocol
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_sgd._protocols import CountsTraffic
 from lightning_sgd.functional.distributed.traffic import (
     Traffic,
     all_reduce_traffic,
@@ -17,56 +17,49 @@ from lightning_sgd.functional.distributed.traffic import (
 
 
 class TrafficSource(Protocol):
-    """Counts what this rank sends, as well as that can be done.
+    """Count what this rank sends, as far as that is possible.
 
     Attributes:
-        description: What is known and what is not, for the line at the start.
+        description: What is known and what is not, for the start message.
     """
 
     description: str
 
     def read(self) -> Traffic:
-        """What was sent so far; NaN for what cannot be known. Steps are left to the caller."""
+        """Return what was sent so far, without steps; NaN for what cannot be known."""
 
     def after_backward(self) -> None:
-        """Take note that a backward pass has ended."""
+        """Count the exchange of a backward pass that has ended."""
 
 
 class CountedTraffic:
-    """What a strategy has counted itself.
-
-    Args:
-        owner: Its ``traffic`` is read.
-    """
+    """Read the counts of a strategy that counts itself."""
 
     description = "bytes, messages and blocked time as the strategy counts them"
 
-    def __init__(self, owner: object) -> None:
-        self.owner = owner
+    def __init__(self, strategy: CountsTraffic) -> None:
+        self.strategy = strategy
 
     def read(self) -> Traffic:
-        """A copy."""
-        traffic = self.owner.traffic  # type: ignore[attr-defined]  # found by `find_source`
+        """Return a copy."""
+        traffic = self.strategy.traffic
+        assert traffic is not None  # see `find_source`
         return Traffic(traffic.num_bytes, traffic.num_messages, traffic.seconds)
 
     def after_backward(self) -> None:
-        """The strategy counts."""
+        """Do nothing: the strategy counts."""
 
 
 class ReducedGradients:
-    """What DDP sends: every trainable gradient in every backward pass that synchronises, and the buffers before it.
+    """Count what DDP sends: all trained gradients in every backward pass that synchronises, and the buffers before it.
 
-    The reducer is compiled code that tells nobody what it does, except a communication hook, and a hook may change
-    how sums are rounded. But the wrapper says in public whether a backward pass synchronises.
-
-    Args:
-        wrapper: The module as DDP trains it.
-        num_ranks: Number of ranks.
+    The reducer is compiled code that reports nothing except to a communication hook, and a hook may change how sums are
+    rounded. But the wrapper says in public whether a backward pass synchronises.
     """
 
     description = (
         "bytes of gradients and buffers in the backward passes that DDP synchronises (without a communication hook); "
-        "messages and blocked time are not known, because DDP tells nobody"
+        "messages and blocked time are not known, because DDP does not report them"
     )
 
     def __init__(self, wrapper: DistributedDataParallel, num_ranks: int) -> None:
@@ -74,7 +67,7 @@ class ReducedGradients:
         self.num_bytes = 0.0
 
     def read(self) -> Traffic:
-        """Bytes alone."""
+        """Return the bytes alone."""
         return Traffic(self.num_bytes, math.nan, math.nan)
 
     def after_backward(self) -> None:
@@ -90,47 +83,28 @@ class ReducedGradients:
 
 
 class FixedTraffic:
-    """Nothing at all, or nothing that can be known.
-
-    Args:
-        value: Zero or NaN.
-        description: Says which, and why.
-    """
+    """Report zero or NaN, always."""
 
     def __init__(self, value: float, description: str) -> None:
         self.value, self.description = value, description
 
     def read(self) -> Traffic:
-        """The same every time."""
+        """Return the same every time."""
         return Traffic(self.value, self.value, self.value)
 
     def after_backward(self) -> None:
-        """Nothing to count."""
+        """Do nothing."""
 
 
 def find_source(trainer: Trainer) -> TrafficSource:
-    """The best source for the strategy of this training.
-
-    Args:
-        trainer: Set up.
-    """
+    """Return the best source for the strategy of a training that is set up."""
     strategy = trainer.strategy
     if trainer.world_size == 1:
         return FixedTraffic(0.0, "1 rank, nothing to exchange")
-    exchange = getattr(strategy, "exchange", None)
-    if isinstance(getattr(exchange, "traffic", None), Traffic):
-        return CountedTraffic(exchange)
+    if isinstance(strategy, CountsTraffic) and isinstance(strategy.traffic, Traffic):
+        return CountedTraffic(strategy)
     if isinstance(strategy.model, DistributedDataParallel):
         return ReducedGradients(strategy.model, trainer.world_size)
     return FixedTraffic(
         math.nan, f"what {type(strategy).__name__} sends cannot be known without its private parts"
     )
-
-
-def holds_whole_model(trainer: Trainer) -> bool:
-    """Whether every rank has all parameters, so that models can be compared.
-
-    Args:
-        trainer: Set up.
-    """
-    return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
