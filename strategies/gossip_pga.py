@@ -147,7 +147,7 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         remedy = (
             f"Choose one of {', '.join(NAMED)}, or give a graph such as lightning_sgd.FromGraph."
         )
-        expect(known, "topology", "a graph or its name", topology, remedy)
+        expect(known, "topology", "a graph or the name of one", topology, remedy)
         self.topology = NAMED[topology]() if isinstance(topology, str) else topology
         valid = period is None or period >= 1
         expect(valid, "period", "at least 1", period, "null means never; 6 is the default.")

@@ -275,8 +275,7 @@ def _as_traffic(row: Sequence[float], num_steps: int) -> tuple[Traffic, float]:
 
 
 def _per_step(traffic: Traffic, seconds: float) -> dict[str, float]:
-    means = {key.removeprefix("comm/"): value for key, value in traffic.per_step().items()}
-    return {**means, "blocked_share": blocked_share(traffic, seconds)}
+    return {**traffic.per_step(), "blocked_share": blocked_share(traffic, seconds)}
 
 
 def _known(value: float, scale: float = 1.0) -> str:

@@ -147,7 +147,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         self.attack, self.byzantine_ranks = attack, list(byzantine_ranks)
         self.momenta, self.nonfinite = WorkerMomentum(worker_momentum), nonfinite
         self.robust_metrics, self.audit_every = robust_metrics, audit_every
-        self.measures_distances = False  # set by `request_distances`
+        self._measures_distances = False
         self._sharded: list[ShardedRule] = []
         self._plan: MixingPlan | None = None
         self.audit: ShardAudit | None = None
@@ -174,7 +174,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
 
     def request_distances(self, wanted: bool) -> None:
         """Measure in the steps from now on how far each worker's gradient is from the result, or stop to."""
-        self.measures_distances = wanted
+        self._measures_distances = wanted
 
     @property
     def num_workers(self) -> int:
@@ -261,7 +261,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         self._warn_of_dropped(sharded.report)
         self._plan = plan
         shard = sharded.carry_out(plan, columns, previous)
-        if self.measures_distances:
+        if self._measures_distances:
             self._measure_distances(sharded, columns, shard, replica.num_steps)
         if self.exchange is None:
             sharded.remember(shard)

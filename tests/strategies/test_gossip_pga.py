@@ -152,7 +152,9 @@ def test_a_torus_of_nine_ranks(tmp_path):
         mixing = Torus().on(9)
         receive = {peer: [torch.zeros(3).double()] for peer in mixing.receive(rank, 0)}
         outgoing = torch.cat([torch.zeros(2).double(), values])
-        exchange.finish_swap(exchange.start_swap([outgoing], mixing.send(rank, 0), receive, 0))
+        exchange.wait_send_recv(
+            exchange.send_recv_async([outgoing], mixing.send(rank, 0), receive, 0)
+        )
         weights = list(mixing.receive(rank, 0).values())
         received = [buffers[0] for buffers in receive.values()]
         return values + weighted_differences(outgoing, received, weights, torch.float64)[2:]

@@ -269,14 +269,14 @@ class Anchored(Regression):
     def on_train_batch_end(self, *_):
         (anchor,) = self.trainer.strategy._anchors
         mine = {param.untyped_storage().data_ptr() for param in self.parameters()}
-        for each in (anchor.travelling, anchor.place, anchor.velocity):
+        for each in (anchor.in_flight, anchor.anchor, anchor.velocity):
             assert not mine & {b.untyped_storage().data_ptr() for b in each.buffers}
 
     def on_fit_end(self):
         (anchor,) = self.trainer.strategy._anchors
         views = [
             torch.cat([view.reshape(-1) for view in each.views])
-            for each in (anchor.place, anchor.velocity)
+            for each in (anchor.anchor, anchor.velocity)
         ]
         torch.save(views, f"{self.folder}/anchor.{self.global_rank}")
 
