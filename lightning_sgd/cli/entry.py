@@ -1,4 +1,4 @@
-"""From the words on the command line to the code that answers them."""
+"""Finds the command among the words of the command line, and runs it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _command(words: Sequence[str]) -> str | None:
-    """The command among the words; LightningCLI allows ``--config FILE`` before it."""
+    """Find the command among the words; LightningCLI allows ``--config FILE`` before it."""
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         hint = did_you_mean(words[0], COMMANDS, f"see `{PROG} --help`")
         raise UsageError(f"unknown command '{words[0]}': {hint}")
