@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from rich.box import MARKDOWN
@@ -62,7 +62,7 @@ def save_table(path: Path, table: Table, width: int = 120) -> None:
     path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
 
 
-def svg_style(salt: str, font_size: float = 9) -> dict[str, object]:
+def svg_style(salt: str, font_size: float = 9) -> dict[str, Any]:
     """Make the settings of matplotlib; the ``salt`` gives an SVG the same bytes every time."""
     return {
         "font.size": font_size,
