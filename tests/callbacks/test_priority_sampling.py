@@ -302,6 +302,7 @@ def test_our_strategies_keep_priorities_alike(tmp_path, name):
     assert_equal(first["state"], second["state"], "the state")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("interrupted_at", "num_workers"), [(3, 0), (7, 0), (9, 0), (14, 0), (16, 0), (9, 2)]
 )
@@ -639,6 +640,7 @@ def test_presampling_is_the_paper_by_hand(tmp_path):
     assert module.losses[1] == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_presampling_is_unbiased():
     # Any scores: the weighted mean over draws of b of B candidates is the mean over the candidates.
     generator = torch.Generator().manual_seed(0)
@@ -779,6 +781,7 @@ def test_a_decorated_training_step_gets_what_it_asks_for(tmp_path):
     assert module.seen == [draw.indices.tolist() for draw in draws]
 
 
+@pytest.mark.slow
 def test_the_figure_has_two_panels(tmp_path):
     callback = PrioritySampling()
     with pytest.raises(RuntimeError, match="Plot after training"):
