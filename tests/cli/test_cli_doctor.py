@@ -50,7 +50,7 @@ def config(tmp_path):
             "trainer": trainer,
         }
         file = tmp_path / "config.yaml"
-        file.write_text(yaml.safe_dump({**tree, **changes}))
+        file.write_text(yaml.safe_dump({"seed_everything": 0, **tree, **changes}))
         return file
 
     return write
