@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-EXAMPLES := $(sort $(wildcard examples/*.yaml))
+OLDEST   := $(shell sed -n 's/^  "\(lightning\|torch\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml)
 
 export OMP_NUM_THREADS ?= 1
 
@@ -47,6 +47,11 @@ docs: $(VENV)/.dev ## Build the documentation, strictly, into docs/_build/html
 examples: $(VENV)/.dev ## Run every example
 	$(BIN)/python examples/run_all.py
 
+oldest: ## Run the quick tests with the oldest lightning and torch that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) --editable '.[dev]'
+	.venv-oldest/bin/python -m pytest -m "not slow and not ranks"
+
 bench: $(VENV)/.dev ## Time everything beside its peers: one table from one run each, several minutes
 	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
 	for method in novograd tra; do $(BIN)/python benchmarks/optimizers.py --method $$method || exit 1; done
@@ -59,4 +64,4 @@ build: $(VENV)/.dev ## Build sdist and wheel into dist/
 	$(BIN)/python -m build
 
 clean: ## Remove everything that can be made again
-	rm -rf $(VENV) build dist docs/_build docs/_generated *.egg-info runs lightning_logs
+	rm -rf $(VENV) .venv-oldest build dist docs/_build docs/_generated *.egg-info runs lightning_logs

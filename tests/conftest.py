@@ -13,10 +13,15 @@ os.environ.setdefault(
 # LightningCLI calls a method that jsonargparse has deprecated.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
+import hypothesis
 import pytest
 import torch
 from support.compatibility import COMPLETE, FILE, PAIRS
 from support.markers import starts_processes
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -31,7 +31,8 @@ def shortest(group: dict[str, Row]) -> float:
     Args:
         group: Trainings, by label.
     """
-    return min(row["curve"][-1][1] for row in group.values())
+    seconds: list[float] = [row["curve"][-1][1] for row in group.values()]
+    return min(seconds)
 
 
 def loss_at(row: Row, seconds: float) -> float:

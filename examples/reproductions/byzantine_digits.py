@@ -7,14 +7,12 @@ All workers live in one process; their gradients are the rows of a matrix, each 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from rich.box import MARKDOWN
+from _shared import arguments, save_table, shuffled_digits
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -81,12 +79,7 @@ class Digits:
     """Images and labels on 70 % and 30 % of the data set."""
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        images, labels = load_digits(return_X_y=True)
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        x = torch.from_numpy(images).float()[order] / 16
-        y = torch.from_numpy(labels).long()[order]
+        x, y = shuffled_digits()
         cut = round(0.7 * len(y))
         self.x, self.y, self.test_x, self.test_y = x[:cut], y[:cut], x[cut:], y[cut:]
 
@@ -227,21 +220,11 @@ def as_table(found: dict[Setting, float], name: str) -> Table:
     return table
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box = MARKDOWN
-    console = Console(width=140)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Run all, print the tables, keep the numbers."""
-    parser = argparse.ArgumentParser(description="Digits with faulty workers.")
-    parser.add_argument("--output", type=Path, default=Path("runs/byzantine"), metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="the table of skewed data alone")
-    options = parser.parse_args()
+    options = arguments(
+        "Digits with faulty workers.", "byzantine", quick="the table of skewed data alone"
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     digits, runs = Digits(), list(settings())
     if options.quick:
@@ -253,7 +236,7 @@ def main() -> None:
     for name in dict.fromkeys(setting.table for setting in found):
         table = as_table(found, name)
         Console(width=140).print(table)
-        save_table(options.output / f"byzantine_digits_{name}.md", table)
+        save_table(options.output / f"byzantine_digits_{name}.md", table, 140)
     print(f"Written to {options.output}")
 
 

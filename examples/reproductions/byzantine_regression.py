@@ -8,14 +8,12 @@ every step, whatever moves the rule farthest; then a single estimate in ten thou
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 
 import torch
-from rich.box import MARKDOWN
+from _shared import arguments, save_table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -149,21 +147,11 @@ def estimates_table(found: list[Estimate]) -> Table:
     return table
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box = MARKDOWN
-    console = Console(width=140)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Run both, print the tables, keep the numbers."""
-    parser = argparse.ArgumentParser(description="Robust rules under the worst attacks.")
-    parser.add_argument("--output", type=Path, default=Path("runs/byzantine"), metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="five steps, one batch size")
-    options = parser.parse_args()
+    options = arguments(
+        "Robust rules under the worst attacks.", "byzantine", quick="five steps, one batch size"
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     num_steps = 5 if options.quick else STEPS[-1]
     runs = [(rule, BATCH_SIZES[0]) for rule in ("honest mean", *RULES)]
@@ -176,7 +164,7 @@ def main() -> None:
     tables = {"regression": regression_table(curves), "estimates": estimates_table(found)}
     for name, table in tables.items():
         Console(width=140).print(table)
-        save_table(options.output / f"byzantine_{name}.md", table)
+        save_table(options.output / f"byzantine_{name}.md", table, 140)
     floors = {c.batch_size: f"{floor(c):.3g}" for c in curves if c.rule == "filter"}
     print(f"Floor of the filter by batch size: {floors}\nWritten to {options.output}")
 

@@ -10,16 +10,16 @@ the exact recursion of the covariance of the iterates: equal numbers of samples,
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.box import MARKDOWN, SIMPLE_HEAD
+from _shared import arguments, load_digits, save_table, svg_style
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -33,6 +33,9 @@ from lightning_sgd.functional.noise.noise_scale import (
     total_noise,
 )
 from lightning_sgd.functional.step_size.least_squares import constants_of_moments
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SIZES, TARGET = (64, 64, 64, 10), 0.2
 BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -80,14 +83,6 @@ class Recursion:
     steps: int
     tail: float
     last: float
-
-
-def load_digits() -> tuple[Tensor, Tensor]:
-    """All 1797 images, 64 pixels between 0 and 1 each."""
-    from sklearn import datasets
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    return torch.from_numpy(pixels).float() / 16, torch.from_numpy(labels)
 
 
 def weights(num_lrs: int, num_seeds: int) -> list[Tensor]:
@@ -254,14 +249,8 @@ def draw(path: Path, rows: Sequence[Row], scale: NoiseScale) -> None:
     """Steps over the batch size, with both predictions."""
     from matplotlib import pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "svg.hashsalt": "critical",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
     sizes = [row.batch_size for row in rows]
-    with plt.rc_context(style):
+    with plt.rc_context(svg_style("critical")):
         figure, axes = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
         axes.errorbar(
             sizes,
@@ -284,22 +273,13 @@ def draw(path: Path, rows: Sequence[Row], scale: NoiseScale) -> None:
         plt.close(figure)
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box, table.padding = MARKDOWN, (0, 1)
-    console = Console(width=120)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train and measure, print the tables, keep the numbers and the figure."""
-    parser = argparse.ArgumentParser(description="Steps against the batch size, with predictions.")
-    default = Path("runs/critical_batch_size_digits")
-    parser.add_argument("--output", type=Path, default=default, metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="two batch sizes, no figure")
-    options = parser.parse_args()
+    options = arguments(
+        "Steps against the batch size, with predictions.",
+        "critical_batch_size_digits",
+        quick="two batch sizes, no figure",
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     choice = ((32, 256), LRS[4:10:2], 1) if options.quick else (BATCH_SIZES, LRS, NUM_SEEDS)
     rows, scale = run_digits(*choice)

@@ -8,16 +8,15 @@ overlap_local_sgd_ranks.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from statistics import fmean, stdev
 
+from _shared import arguments, save_table
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from overlap_local_sgd_digits import NUM_EPOCHS, evaluate, save_table
+from overlap_local_sgd_digits import NUM_EPOCHS, evaluate
 from overlap_local_sgd_ranks import OURS, PROCESSES, be_quiet, train
 from rich.console import Console
 from rich.progress import track
@@ -98,10 +97,12 @@ def as_table(runs: Sequence[Run]) -> Table:
 
 def main() -> None:
     """Train, print the table, keep the numbers."""
-    parser = argparse.ArgumentParser(description="Gossip-PGA on a ring of four ranks, on digits.")
-    parser.add_argument("--output", type=Path, default=Path("runs/gossip_pga_ring"), metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch")
-    parser.add_argument("--seeds", type=int, default=10, help="how many (default: 10)")
+    parser = arguments(
+        "Gossip-PGA on a ring of four ranks, on digits.",
+        "gossip_pga_ring",
+        quick="one seed, one epoch",
+        seeds=10,
+    )
     parser.add_argument("--split", type=int, help="one for all seeds (default: one for each)")
     options = parser.parse_args()
     be_quiet()

@@ -7,14 +7,12 @@ The models of all ranks are the rows of one matrix; a round of gossip is a produ
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.box import MARKDOWN
+from _shared import arguments, save_table, svg_style
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,6 +21,8 @@ from torch import Tensor
 from lightning_sgd import Ring
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
 
 NUM_FEATURES, NUM_SAMPLES = 10, 2000
@@ -145,13 +145,7 @@ def draw(path: Path, curves: list[Curve]) -> None:
     """One panel per number of ranks: the error of the mean model against steps."""
     from matplotlib import pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "svg.hashsalt": "gossip_pga",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(svg_style("gossip_pga")):
         figure, panels = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained", sharey=True)
         for axes, num_ranks in zip(panels, RANKS, strict=True):
             draw_panel(axes, [curve for curve in curves if curve.num_ranks == num_ranks])
@@ -170,20 +164,13 @@ def draw_panel(axes: Axes, curves: list[Curve]) -> None:
         axes.semilogy(steps, curve.mean_model, color=color, label=curve.method, linewidth=1)
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box = MARKDOWN
-    console = Console(width=140)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Simulate, print the tables, keep the numbers and the figure."""
-    parser = argparse.ArgumentParser(description="Gossip-PGA and its controls on a ring.")
-    parser.add_argument("--output", type=Path, default=Path("runs/gossip_pga"), metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="1000 steps of 20 ranks, no figure")
+    parser = arguments(
+        "Gossip-PGA and its controls on a ring.",
+        "gossip_pga",
+        quick="1000 steps of 20 ranks, no figure",
+    )
     parser.add_argument("--trials", type=int, default=4, help="how many (default: 4)")
     options = parser.parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
@@ -199,7 +186,7 @@ def main() -> None:
     for name, window in (("", 9), ("_end", num_steps // WINDOW - 1)):
         table = as_table(curves, window)
         Console(width=140).print(f"Steps {window * WINDOW} to {(window + 1) * WINDOW}", table)
-        save_table(options.output / f"gossip_pga_transient{name}.md", table)
+        save_table(options.output / f"gossip_pga_transient{name}.md", table, 140)
     if not options.quick:
         draw(options.output / "gossip_pga_transient.svg", curves)
     print(f"Written to {options.output}")

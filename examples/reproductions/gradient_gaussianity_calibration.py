@@ -9,15 +9,14 @@ why that takes a calibration. Other noise shows what random directions see of it
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 
 import torch
-from rich.box import MARKDOWN, SIMPLE_HEAD
+from _shared import arguments, save_table
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -147,23 +146,13 @@ def as_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box, table.padding = MARKDOWN, (0, 1)
-    console = Console(width=160)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Draw and test, print the table, keep the numbers."""
-    parser = argparse.ArgumentParser(description="False alarms and power of the verdict on noise.")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/gradient_gaussianity_calibration"), metavar="DIR"
-    )
-    parser.add_argument("--quick", action="store_true", help="a few runs")
-    options = parser.parse_args()
+    options = arguments(
+        "False alarms and power of the verdict on noise.",
+        "gradient_gaussianity_calibration",
+        quick="a few runs",
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     runs = 3 if options.quick else NUM_RUNS
     rows = [measure(law, draw, runs) for law, draw in GAUSSIAN.items()]
@@ -173,7 +162,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps([asdict(row) for row in rows], indent=1)
     (options.output / "gradient_gaussianity_calibration.json").write_text(numbers + "\n")
-    save_table(options.output / "gradient_gaussianity_calibration.md", table)
+    save_table(options.output / "gradient_gaussianity_calibration.md", table, 160)
     print(f"Written to {options.output}")
 
 

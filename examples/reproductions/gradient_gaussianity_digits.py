@@ -10,21 +10,24 @@ without Lightning, so that nothing stands between the gradients and the numbers.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.box import MARKDOWN, SIMPLE_HEAD
+from _shared import arguments, load_digits, save_table, svg_style
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_sgd import GaussianitySettings, gradient_gaussianity, shapiro_wilk
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STEPS, BATCH_SIZES = (0, 200, 1000, 3000), (4, 32, 128, 256, 512)
 NUM_GRADIENTS, NUM_DIRECTIONS = 256, 512
@@ -71,14 +74,6 @@ class Row:
     norm_kurtosis: float
     dimension: float
     verdict: str
-
-
-def load_digits() -> tuple[Tensor, Tensor]:
-    """All 1797 images, 64 pixels between 0 and 1 each."""
-    from sklearn import datasets
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    return torch.from_numpy(pixels).float() / 16, torch.from_numpy(labels)
 
 
 def mlp() -> nn.Sequential:
@@ -225,14 +220,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     """Share of directions rejected over the batch size: one line for each step, one panel for each net and family."""
     from matplotlib import pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "svg.hashsalt": "gradient_gaussianity",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
     families = {"rejected": "on random directions", "coordinate": "by coordinate"}
-    with plt.rc_context(style):
+    with plt.rc_context(svg_style("gradient_gaussianity")):
         figure, panels = plt.subplots(
             1, 4, figsize=(10, 2.8), layout="constrained", sharey=True, sharex=True
         )
@@ -254,27 +243,13 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         plt.close(figure)
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box, table.padding = MARKDOWN, (0, 1)
-    console = Console(width=160)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train and test, print the table, keep the numbers and the figure."""
-    parser = argparse.ArgumentParser(
-        description="Gaussianity against the batch size, with control."
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/gradient_gaussianity_digits"), metavar="DIR"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="the beginning of one net only, no figure"
-    )
-    options = parser.parse_args()
+    options = arguments(
+        "Gaussianity against the batch size, with control.",
+        "gradient_gaussianity_digits",
+        quick="the beginning of one net only, no figure",
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     names, steps = (["MLP"], STEPS[:1]) if options.quick else (list(NETS), STEPS)
     rows = [row for name in names for row in run(name, steps)]
@@ -283,11 +258,11 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps([asdict(row) for row in rows], indent=1)
     (options.output / "gradient_gaussianity_digits.json").write_text(numbers + "\n")
-    save_table(options.output / "gradient_gaussianity_digits.md", table)
+    save_table(options.output / "gradient_gaussianity_digits.md", table, 160)
     if not options.quick:
         ink = by_ink()
         Console(width=140).print(ink)
-        save_table(options.output / "gradient_gaussianity_ink.md", ink)
+        save_table(options.output / "gradient_gaussianity_ink.md", ink, 160)
         draw(options.output / "gradient_gaussianity_digits.svg", rows)
     print(f"Written to {options.output}")
 

@@ -10,15 +10,15 @@ nothing stands between the gradients and the numbers.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.box import MARKDOWN, SIMPLE_HEAD
+from _shared import arguments, load_digits, save_table, svg_style
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from torch.nn.functional import cross_entropy
 from lightning_sgd import gradient_gaussianity
 from lightning_sgd.functional.noise.gradient_sample import Coordinates, GradientSample
 from lightning_sgd.functional.noise.gradient_tail_index import gradient_tail_index
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WIDTHS, DEPTHS, STEPS = (8, 32, 128, 512), (2, 4, 8), (0, 200, 2000)
 LR, BATCH_SIZE = 0.1, 32
@@ -63,14 +66,6 @@ class Row:
     limit: float
     coordinate_rejected: float
     dimension: float
-
-
-def load_digits() -> tuple[Tensor, Tensor]:
-    """All 1797 images, 64 pixels between 0 and 1 each."""
-    from sklearn import datasets
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    return torch.from_numpy(pixels).float() / 16, torch.from_numpy(labels)
 
 
 def mlp(width: int, depth: int) -> nn.Sequential:
@@ -168,19 +163,13 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     """Three statistics, one panel each, over the width: a colour for each step, a line style for each depth."""
     from matplotlib import pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "svg.hashsalt": "gradient_noise",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
     panels = {
         "pooled": ("tail index, pooled", (0, 3)),
         "coordinate": ("tail index by coordinate", (0, 3)),
         "rejected": ("share of directions rejected", (0, 1.03)),
     }
     styles = dict(zip(DEPTHS, ("-", "--", ":"), strict=True))
-    with plt.rc_context(style):
+    with plt.rc_context(svg_style("gradient_noise")):
         figure, places = plt.subplots(1, 3, figsize=(9, 3), layout="constrained", sharex=True)
         for axes, (key, (title, limits)) in zip(places, panels.items(), strict=True):
             for (step, color), depth in product(zip(STEPS, COLORS, strict=True), DEPTHS):
@@ -206,23 +195,13 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         plt.close(figure)
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box, table.padding = MARKDOWN, (0, 1)
-    console = Console(width=160)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train and measure, print the table, keep the numbers and the figure."""
-    parser = argparse.ArgumentParser(description="Noise of gradients over width and depth.")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/gradient_noise_sweep"), metavar="DIR"
-    )
-    parser.add_argument("--quick", action="store_true", help="one small network, no figure")
-    options = parser.parse_args()
+    options = arguments(
+        "Noise of gradients over width and depth.",
+        "gradient_noise_sweep",
+        quick="one small network, no figure",
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     grid = [(2, 8)] if options.quick else list(product(DEPTHS, WIDTHS))
     steps = STEPS[:2] if options.quick else STEPS
@@ -232,7 +211,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps([asdict(row) for row in rows], indent=1)
     (options.output / "gradient_noise_sweep.json").write_text(numbers + "\n")
-    save_table(options.output / "gradient_noise_sweep.md", table)
+    save_table(options.output / "gradient_noise_sweep.md", table, 160)
     if not options.quick:
         draw(options.output / "gradient_noise_sweep.svg", rows)
     print(f"Written to {options.output}")

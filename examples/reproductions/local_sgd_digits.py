@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from _shared import shuffled_digits
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
@@ -60,11 +61,7 @@ METHODS = (
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """1440 images and labels to train with, 357 to test."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x, y = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
+    x, y = shuffled_digits()
     return x[:1440], y[:1440], x[1440:], y[1440:]
 
 

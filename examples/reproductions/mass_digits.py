@@ -7,18 +7,15 @@ Written without Lightning, so that nothing stands between the optimizers and the
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import product
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
-from rich.box import MARKDOWN
+from _shared import arguments, save_table, split_digits, svg_style
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,6 +26,8 @@ from torch.optim import SGD, Adam, Optimizer
 from lightning_sgd import MaSS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
 
 ALPHA = 0.05
@@ -53,8 +52,6 @@ STYLES = {
     "Adam": ("#009E73", "-."),
 }
 
-Samples: TypeAlias = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -75,18 +72,6 @@ class Run:
     accuracy: float
 
 
-@cache
-def load_digits() -> tuple[Samples, Samples]:
-    """1297 images for training and 500 for testing, 64 pixels between 0 and 1 each."""
-    from sklearn import datasets
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x = torch.from_numpy(pixels).float()[order] / 16
-    y = torch.from_numpy(labels)[order]
-    return (x[500:], y[500:]), (x[:500], y[:500])
-
-
 def train(
     method: str, lr: float, seed: int, num_epochs: int = 20, *, keep_last: bool = False
 ) -> Run:
@@ -94,7 +79,7 @@ def train(
 
     The last batch of an epoch has a single image, and a gradient far noisier than the others; by default it is dropped.
     """
-    (x, y), (test_x, test_y) = load_digits()
+    (x, y), (test_x, test_y) = split_digits()
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = METHODS[method](list(model.parameters()), lr)
@@ -184,13 +169,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
     """Two panels in one file."""
     from matplotlib import pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "svg.hashsalt": "mass",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(svg_style("mass")):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(9, 3.4), layout="constrained", sharey=True
         )
@@ -201,23 +180,14 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         plt.close(figure)
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box = MARKDOWN
-    console = Console(width=120)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train, print the table, keep the numbers and the figure."""
-    parser = argparse.ArgumentParser(description="MaSS beside its peers on handwritten digits.")
-    parser.add_argument("--output", type=Path, default=Path("runs/mass_digits"), metavar="DIR")
-    parser.add_argument(
-        "--quick", action="store_true", help="one step size, eight epochs, no figure"
+    parser = arguments(
+        "MaSS beside its peers on handwritten digits.",
+        "mass_digits",
+        quick="one step size, eight epochs, no figure",
+        seeds=3,
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--keep_last", action="store_true", help="keep the batch of one image")
     options = parser.parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size

@@ -8,14 +8,13 @@ recursion, whose spectral radius says how fast E‖w − w*‖² falls, or grows
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from _shared import arguments, svg_style
 from numpy.typing import NDArray
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -25,6 +24,8 @@ from scipy.optimize import brentq, minimize_scalar
 from lightning_sgd import MaSSHyperParameters, critical_batch_sizes, mass_hyperparameters
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
 
 Array = NDArray[np.float64]
@@ -251,13 +252,7 @@ def draw(path: Path) -> None:
     """Three panels in one file."""
     from matplotlib import pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "svg.hashsalt": "mass",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(svg_style("mass")):
         figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
         for panel, fill in zip(
             panels, (draw_stability, draw_acceleration, draw_batch_sizes), strict=True
@@ -280,10 +275,9 @@ def save_tables(path: Path, blocks: Mapping[str, Block]) -> None:
 
 def main() -> None:
     """Print the tables; keep them and the figure."""
-    parser = argparse.ArgumentParser(description="Exact rates of SGD, Nesterov SGD and MaSS.")
-    parser.add_argument("--output", type=Path, default=Path("runs/mass_rates"), metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="without the figure")
-    options = parser.parse_args()
+    options = arguments(
+        "Exact rates of SGD, Nesterov SGD and MaSS.", "mass_rates", quick="without the figure"
+    ).parse_args()
     blocks = {made.__name__: made() for made in (rates, stable_steps, speedups, batch_sizes)}
     for block in blocks.values():
         Console().print(block.table())

@@ -8,18 +8,15 @@ without Lightning, so that nothing stands between the optimizers and the numbers
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from itertools import product
-from pathlib import Path
 from statistics import fmean
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
-from rich.box import MARKDOWN
+from _shared import arguments, save_table, split_digits, svg_style
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -30,6 +27,9 @@ from torch.optim.lr_scheduler import PolynomialLR
 
 from lightning_sgd import NovoGrad
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 STEP_SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 EPOCHS = {64: 15, 256: 30, 1297: 30}
 LOSS_SCALE = 1e4
@@ -39,8 +39,6 @@ METHODS: dict[str, Callable[[list[Tensor], float], Optimizer]] = {
     "SGD, momentum 0.9": lambda params, lr: SGD(params, lr, momentum=0.9),
 }
 STYLES = {"NovoGrad": "#0072B2", "AdamW": "#009E73", "SGD, momentum 0.9": "#D55E00"}
-
-Samples: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,21 +80,9 @@ QUICK = [
 ]
 
 
-@cache
-def load_digits() -> tuple[Samples, Samples]:
-    """1297 images for training and 500 for testing, 64 pixels between 0 and 1 each."""
-    from sklearn import datasets
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x = torch.from_numpy(pixels).float()[order] / 16
-    y = torch.from_numpy(labels)[order]
-    return (x[500:], y[500:]), (x[:500], y[:500])
-
-
 def train(setting: Setting, seed: int) -> Run:
     """Train a network with two hidden layers; the last, incomplete batch of an epoch is used as it is."""
-    (x, y), (test_x, test_y) = load_digits()
+    (x, y), (test_x, test_y) = split_digits()
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
@@ -150,13 +136,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
     """Accuracy against step size, one panel per batch size; dashed for the scaled loss."""
     from matplotlib import pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "svg.hashsalt": "novograd",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(svg_style("novograd")):
         figure, panels = plt.subplots(1, 3, figsize=(9, 3), layout="constrained", sharey=True)
         for axes, batch_size in zip(panels, EPOCHS, strict=True):
             for method, scale in product(METHODS, (1.0, LOSS_SCALE)):
@@ -172,22 +152,14 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         plt.close(figure)
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box, table.title = MARKDOWN, None
-    console = Console(width=140)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train, print the table, keep the numbers and the figure."""
-    parser = argparse.ArgumentParser(description="NovoGrad beside its peers on handwritten digits.")
-    parser.add_argument("--output", type=Path, default=Path("runs/novograd_digits"), metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="one step size each, no figure")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
-    options = parser.parse_args()
+    options = arguments(
+        "NovoGrad beside its peers on handwritten digits.",
+        "novograd_digits",
+        quick="one step size each, no figure",
+        seeds=3,
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     runs = train_all(QUICK if options.quick else SWEEP + SCALED, options.seeds)
     table = as_table(runs)
@@ -195,7 +167,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps([asdict(run) for run in runs])
     (options.output / "novograd_digits.json").write_text(numbers + "\n")
-    save_table(options.output / "novograd_digits.md", table)
+    table.title = None
+    save_table(options.output / "novograd_digits.md", table, 140)
     if not options.quick:
         draw(options.output / "novograd_digits.svg", runs)
     print(f"Written to {options.output}")

@@ -7,19 +7,16 @@ The models of all workers are the rows of one matrix, so that every method is a 
 
 from __future__ import annotations
 
-import argparse
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
-from pathlib import Path
 from statistics import fmean
-from typing import TypeAlias
 
 import torch
-from rich.box import MARKDOWN
+from _shared import Samples, arguments, save_table, shuffled_digits
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -39,8 +36,6 @@ LR, PULLBACK, MOMENTUM = 0.05, 0.6, 0.7
 COMPENSATION = 1 / effective_step(PULLBACK, MOMENTUM)  # 1.45
 PERIODS = (2, 8, 24)
 SKEWS = {"alike": 0.0, "sorted": 0.64}
-
-Samples: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Rule(ABC):
@@ -133,11 +128,7 @@ class Run:
 @cache
 def load_digits(split: int = 0) -> tuple[Samples, Samples]:
     """1440 images for training and 357 for testing, 64 pixels between 0 and 1 each; which, the split decides."""
-    from sklearn import datasets
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(split))
-    x, y = torch.from_numpy(pixels).float()[order] / 16, torch.from_numpy(labels)[order]
+    x, y = shuffled_digits(split)
     return (x[:NUM_TRAIN], y[:NUM_TRAIN]), (x[NUM_TRAIN:], y[NUM_TRAIN:])
 
 
@@ -251,24 +242,14 @@ def as_table(runs: Sequence[Run]) -> Table:
     return table
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box = MARKDOWN
-    console = Console(width=120)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train, print the table, keep the numbers."""
-    parser = argparse.ArgumentParser(description="Overlap-Local-SGD beside its peers on digits.")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/overlap_local_sgd_digits"), metavar="DIR"
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, eight epochs")
-    parser.add_argument("--seeds", type=int, default=4, help="how many (default: 4)")
-    options = parser.parse_args()
+    options = arguments(
+        "Overlap-Local-SGD beside its peers on digits.",
+        "overlap_local_sgd_digits",
+        quick="one seed, eight epochs",
+        seeds=4,
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     runs = train_all(*((1, 8) if options.quick else (options.seeds, NUM_EPOCHS)))
     options.output.mkdir(parents=True, exist_ok=True)

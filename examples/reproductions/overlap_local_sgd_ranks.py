@@ -8,7 +8,6 @@ training is repeated there, and must lead to the same models.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _shared import arguments, save_table
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from overlap_local_sgd_digits import (
@@ -40,7 +40,6 @@ from overlap_local_sgd_digits import (
     decay,
     evaluate,
     load_digits,
-    save_table,
     start,
 )
 from overlap_local_sgd_digits import train as simulated
@@ -277,12 +276,12 @@ def be_quiet() -> None:
 
 def main() -> None:
     """Train, print the table, keep the numbers."""
-    parser = argparse.ArgumentParser(description="Overlap-Local-SGD on four ranks, on digits.")
-    default = Path("runs/overlap_local_sgd_ranks")
-    parser.add_argument("--output", type=Path, default=default, metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="one period, one seed, one epoch")
-    parser.add_argument("--seeds", type=int, default=2, help="how many (default: 2)")
-    options = parser.parse_args()
+    options = arguments(
+        "Overlap-Local-SGD on four ranks, on digits.",
+        "overlap_local_sgd_ranks",
+        quick="one period, one seed, one epoch",
+        seeds=2,
+    ).parse_args()
     be_quiet()
     full, quick = (PERIODS, options.seeds, NUM_EPOCHS), (PERIODS[:1], 1, 1)
     runs = run_all(*(quick if options.quick else full))

@@ -10,18 +10,16 @@ without Lightning, so that nothing stands between the sampler and the numbers.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import TypeAlias
 
 import torch
-from rich.box import MARKDOWN
+from _shared import arguments, save_table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -315,24 +313,14 @@ def new_table(headers: Sequence[str]) -> Table:
     return table
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box = MARKDOWN
-    console = Console(width=120)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train, print the tables, keep the numbers."""
-    parser = argparse.ArgumentParser(description="Priority sampling beside its controls.")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/priority_sampling_digits"), metavar="DIR"
-    )
-    parser.add_argument("--quick", action="store_true", help="two methods, one seed")
-    parser.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
-    options = parser.parse_args()
+    options = arguments(
+        "Priority sampling beside its controls.",
+        "priority_sampling_digits",
+        quick="two methods, one seed",
+        seeds=5,
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     names = tuple(METHODS)[:3] if options.quick else tuple(METHODS)
     noisy = NOISY[:2] if options.quick else NOISY

@@ -8,18 +8,16 @@ stands between SGD and the numbers.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import islice, product
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from rich.box import MARKDOWN, SIMPLE_HEAD
+from _shared import arguments, save_table, split_digits, svg_style
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,6 +29,8 @@ from lightning_sgd.functional.spectra.spectral_stats import spectral_stats_of
 from lightning_sgd.functional.spectra.weight_matrices import find_weight_matrices
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
 
 WIDTH, DEPTH = 64, 3
@@ -88,8 +88,6 @@ def with_controls(settings: Sequence[Setting]) -> list[Setting]:
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 
-Samples: TypeAlias = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -110,18 +108,6 @@ class Run:
     def as_dict(self) -> dict[str, object]:
         """Plain names and numbers."""
         return {**asdict(self), "setting": self.setting._asdict()}
-
-
-@cache
-def load_digits() -> tuple[Samples, Samples]:
-    """1297 images for training and 500 for testing, 64 pixels between 0 and 1 each."""
-    from sklearn import datasets
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x = torch.from_numpy(pixels).float()[order] / 16
-    y = torch.from_numpy(labels)[order]
-    return (x[500:], y[500:]), (x[:500], y[:500])
 
 
 def mlp() -> nn.Sequential:
@@ -150,7 +136,7 @@ def batches(num_images: int, batch_size: int) -> Iterator[Tensor]:
 
 def train(setting: Setting, seed: int) -> Run:
     """Train at constant settings, with decay on all parameters."""
-    (x, y), (test_x, test_y) = load_digits()
+    (x, y), (test_x, test_y) = split_digits()
     torch.manual_seed(seed)
     net = mlp()
     optimizer = SGD(net.parameters(), setting.lr, weight_decay=setting.weight_decay, fused=True)
@@ -260,13 +246,7 @@ def draw(path: Path, runs: Sequence[Run], initial: float) -> None:
     """Four panels in one file: batch size twice, step size, decay."""
     from matplotlib import pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "svg.hashsalt": "rank_collapse",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(svg_style("rank_collapse")):
         figure, panels = plt.subplots(1, 4, figsize=(11, 3.3), layout="constrained", sharey=True)
         draw_panels(panels, runs)
         for axes in panels:
@@ -276,24 +256,14 @@ def draw(path: Path, runs: Sequence[Run], initial: float) -> None:
         plt.close(figure)
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box, table.padding = MARKDOWN, (0, 1)
-    console = Console(width=120)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train, print the table, keep the numbers and the figure."""
-    parser = argparse.ArgumentParser(description="Rank of the weights against what drives it.")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/rank_collapse_sweep"), metavar="DIR"
-    )
-    parser.add_argument("--quick", action="store_true", help="two settings, five epochs, no figure")
-    parser.add_argument("--seeds", type=int, default=2, help="how many (default: 2)")
-    options = parser.parse_args()
+    options = arguments(
+        "Rank of the weights against what drives it.",
+        "rank_collapse_sweep",
+        quick="two settings, five epochs, no figure",
+        seeds=2,
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     full = SAME_EPOCHS + SAME_STEPS + BY_STEP_SIZE + BY_DECAY + STRONG
     settings = with_controls(QUICK if options.quick else full)

@@ -10,15 +10,15 @@ true index is 2. Written without Lightning, so that nothing stands between the g
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.box import MARKDOWN, SIMPLE_HEAD
+from _shared import arguments, load_digits, save_table, svg_style
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from torch.nn.functional import cross_entropy
 
 from lightning_sgd.functional.noise.gradient_sample import GradientSample
 from lightning_sgd.functional.noise.gradient_tail_index import gradient_tail_index
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SIZES = (64, 64, 64, 10)
 STEPS, BATCH_SIZES, NUM_BATCHES = (0, 200, 3000), (4, 32, 128, 500), 64
@@ -63,14 +66,6 @@ class Row:
     error: float
     control_coordinate: float
     zeros: float
-
-
-def load_digits() -> tuple[Tensor, Tensor]:
-    """All 1797 images, 64 pixels between 0 and 1 each."""
-    from sklearn import datasets
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    return torch.from_numpy(pixels).float() / 16, torch.from_numpy(labels)
 
 
 def mlp() -> nn.Sequential:
@@ -168,14 +163,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     """One panel for each step: indices over the batch size."""
     from matplotlib import pyplot as plt
 
-    style = {
-        "font.size": 9,
-        "svg.hashsalt": "tail_index",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
     steps = sorted({row.step for row in rows})
-    with plt.rc_context(style):
+    with plt.rc_context(svg_style("tail_index")):
         figure, panels = plt.subplots(
             1, len(steps), figsize=(9, 3), layout="constrained", sharey=True
         )
@@ -196,25 +185,13 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         plt.close(figure)
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box, table.padding = MARKDOWN, (0, 1)
-    console = Console(width=120)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train and measure, print the table, keep the numbers and the figure."""
-    parser = argparse.ArgumentParser(
-        description="Tail index against the batch size, with controls."
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/tail_index_digits"), metavar="DIR"
-    )
-    parser.add_argument("--quick", action="store_true", help="the beginning only, no figure")
-    options = parser.parse_args()
+    options = arguments(
+        "Tail index against the batch size, with controls.",
+        "tail_index_digits",
+        quick="the beginning only, no figure",
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     rows = run(STEPS[:1] if options.quick else STEPS)
     table = as_table(rows)

@@ -9,18 +9,15 @@ stage. Written without Lightning, so that nothing stands between the optimizers 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 from typing import TypeAlias
 
 import torch
-from rich.box import MARKDOWN
+from _shared import arguments, save_table, split_digits
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,8 +34,6 @@ DIVERGED = 1e3
 SGD_SETTINGS = {"momentum": 0.9, "weight_decay": 1e-4}
 
 Parameters: TypeAlias = list[Tensor]
-Samples: TypeAlias = tuple[Tensor, Tensor]
-
 METHODS: dict[str, Callable[[Parameters], Optimizer]] = {
     "SGD, lr 0.1": lambda params: SGD(params, 0.1, **SGD_SETTINGS),
     "TRSGD, lr 0.1": lambda params: TRSGD(params, 0.1),
@@ -75,18 +70,6 @@ class Run:
     accuracy: float
 
 
-@cache
-def load_digits() -> tuple[Samples, Samples]:
-    """1297 images for training and 500 for testing, 64 pixels between 0 and 1 each."""
-    from sklearn import datasets
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x = torch.from_numpy(pixels).float()[order] / 16
-    y = torch.from_numpy(labels)[order]
-    return (x[500:], y[500:]), (x[:500], y[:500])
-
-
 def drop(optimizer: Optimizer, epoch: int, num_epochs: int) -> None:
     """The authors' schedule: a tenth of the step size after half of the time, and again after three quarters."""
     if epoch in (num_epochs // 2, 3 * num_epochs // 4):
@@ -96,7 +79,7 @@ def drop(optimizer: Optimizer, epoch: int, num_epochs: int) -> None:
 
 def train(method: str, seed: int, num_epochs: int = NUM_EPOCHS) -> Run:
     """Train a network with one hidden layer."""
-    (x, y), (test_x, test_y) = load_digits()
+    (x, y), (test_x, test_y) = split_digits()
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = METHODS[method](list(model.parameters()))
@@ -148,22 +131,14 @@ def as_table(runs: Sequence[Run]) -> Table:
     return table
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write the table as a fragment that documentation can include."""
-    table.box = MARKDOWN
-    console = Console(width=120)
-    with console.capture() as lines:
-        console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
-
-
 def main() -> None:
     """Train, print the table, keep the numbers."""
-    parser = argparse.ArgumentParser(description="TRSGD and TRAdam beside their controls.")
-    parser.add_argument("--output", type=Path, default=Path("runs/tra_digits"), metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="three runs of four epochs")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
-    options = parser.parse_args()
+    options = arguments(
+        "TRSGD and TRAdam beside their controls.",
+        "tra_digits",
+        quick="three runs of four epochs",
+        seeds=3,
+    ).parse_args()
     torch.set_num_threads(1)  # more threads than one only wait for each other at this size
     methods, num_seeds, num_epochs = (
         (QUICK, 1, 4) if options.quick else (tuple(METHODS), options.seeds, NUM_EPOCHS)

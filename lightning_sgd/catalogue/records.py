@@ -103,22 +103,22 @@ class Method:
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """Every public name of the method."""
+        """The public names of the method."""
         return (*(plugin.name for plugin in self.plugins), *self.helpers)
 
     @property
     def example(self) -> str:
-        """YAML that trains with the method, relative to the root of the repository."""
+        """The YAML that trains with the method, relative to the root of the repository."""
         return f"examples/{self.key}.yaml"
 
     @property
     def card(self) -> str:
-        """Documentation of the method, relative to the root of the repository."""
+        """The documentation of the method, relative to the root of the repository."""
         return f"docs/methods/{self.key}.md"
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """Files that test the method, relative to the root of the repository."""
+        """The files that test the method, relative to the root of the repository."""
         folders = [FOLDERS[plugin.kind].removeprefix("lightning_sgd/") for plugin in self.plugins]
         return tuple(dict.fromkeys(f"tests/{folder}/test_{self.key}.py" for folder in folders))
 

@@ -1,4 +1,6 @@
-"""The console command ``lightning-sgd``: LightningCLI's four commands, ``list``, ``explain`` and ``report``.
+"""The console command ``lightning-sgd``: LightningCLI's four commands and our own.
+
+Our own are ``list``, ``explain``, ``report`` and ``doctor``.
 
 Lightning's parsers are built only by the four commands that need them, so that the others answer quickly.
 """

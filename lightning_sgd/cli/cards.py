@@ -28,7 +28,7 @@ RAISED = dict(zip("0123456789+-=intkᵀ", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼�
 
 
 def to_terminal_markdown(card: str) -> str:
-    r"""Markdown without MyST's directives and roles, and with formulas in Unicode.
+    r"""Write Markdown without MyST's directives and roles, and with formulas in Unicode.
 
     Args:
         card: Text of a card.
@@ -46,7 +46,7 @@ def to_terminal_markdown(card: str) -> str:
 
 
 def formula(tex: str) -> str:
-    r"""A formula in Unicode, as far as that goes without a typesetter.
+    r"""Write a formula in Unicode, as far as that goes without a typesetter.
 
     Args:
         tex: The formula in TeX.
@@ -110,7 +110,7 @@ def _accented(match: re.Match[str]) -> str:
 
 
 def _script(match: re.Match[str]) -> str:
-    """A small letter where Unicode has all that is needed, else the mark with brackets."""
+    """Write a small letter where Unicode has all that is needed, else the mark with brackets."""
     text = match[2] or match[3] or ""
     letters = LOWERED if match[1] == "_" else RAISED
     if set(text) <= set(letters):

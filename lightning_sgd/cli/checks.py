@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def is_missing_checkpoint(path: object) -> bool:
-    """Whether ``ckpt_path`` names a file that is not there; ``best``, ``last`` and addresses name none.
+    """Tell whether ``ckpt_path`` names a file that does not exist; ``best``, ``last`` and addresses name none.
 
     Example:
         >>> is_missing_checkpoint("best"), is_missing_checkpoint("no/such.ckpt")
@@ -26,7 +26,7 @@ def is_missing_checkpoint(path: object) -> bool:
 
 
 def is_unknown_strategy(strategy: object) -> bool:
-    """Whether ``trainer.strategy`` is a word that Lightning does not know.
+    """Tell whether ``trainer.strategy`` is a word that Lightning does not know.
 
     Example:
         >>> is_unknown_strategy("DDP"), is_unknown_strategy("dpd")
@@ -36,7 +36,7 @@ def is_unknown_strategy(strategy: object) -> bool:
 
 
 def about_strategy(strategy: str, given: Setting | None = None) -> str:
-    """A sentence about an unknown strategy, with the nearest of Lightning's and of ours.
+    """Write a sentence about an unknown strategy, with the nearest name of Lightning's and of ours.
 
     Args:
         strategy: The name.

@@ -16,7 +16,7 @@ PLAIN_TYPES = (str, int, float)
 
 
 def known_classes(hint: Any) -> list[type]:
-    """Every imported class that can be given for an argument annotated with ``hint``.
+    """List every imported class that can be given for an argument annotated with ``hint``.
 
     Example:
         >>> from torch.optim import Optimizer
@@ -32,7 +32,7 @@ def known_classes(hint: Any) -> list[type]:
 
 
 def takes_plain_values(hint: Any) -> bool:
-    """Whether a bare word can be something else than the name of a class.
+    """Tell whether a bare word can be something else than the name of a class.
 
     Example:
         >>> from lightning.pytorch.strategies import Strategy
@@ -43,7 +43,7 @@ def takes_plain_values(hint: Any) -> bool:
 
 
 def resolve(name: str, classes: Sequence[type]) -> object | None:
-    """What ``name`` stands for: the bare name of a known class, or the path of anything importable.
+    """Find what ``name`` stands for: the bare name of a known class, or the path of anything importable.
 
     Args:
         name: What the user wrote.
@@ -65,7 +65,7 @@ def resolve(name: str, classes: Sequence[type]) -> object | None:
 
 
 def class_path(cls: type) -> str:
-    """The shortest path from which ``cls`` can be imported.
+    """Find the shortest path from which ``cls`` can be imported.
 
     Example:
         >>> from lightning.pytorch.callbacks import ModelCheckpoint
@@ -81,7 +81,7 @@ def class_path(cls: type) -> str:
 
 
 def _alternatives(hint: Any) -> Iterator[type]:
-    """The plain classes within unions, containers and the results of callables."""
+    """List the plain classes within unions, containers and the results of callables."""
     if get_origin(hint) is collections.abc.Callable:
         yield from _alternatives(get_args(hint)[-1])
     elif get_args(hint):
@@ -92,13 +92,13 @@ def _alternatives(hint: Any) -> Iterator[type]:
 
 
 def _can_have_plugins(base: type) -> bool:
-    """Whether YAML gives objects of this class by class path; numbers, paths, dates and enums are written out."""
+    """Tell whether YAML gives objects of this class by class path; numbers, paths, dates and enums are written out."""
     in_standard_library = base.__module__.partition(".")[0] in sys.stdlib_module_names
     return not in_standard_library and not issubclass(base, enum.Enum)
 
 
 def _family(base: Any) -> Iterator[type]:
-    """``base`` and its subclasses, as far as a user can name and build them."""
+    """List ``base`` and its subclasses, as far as a user can name and build them."""
     path = f"{base.__module__}.{base.__qualname__}"
     if not (inspect.isabstract(base) or "._" in path or "<locals>" in path):
         yield base

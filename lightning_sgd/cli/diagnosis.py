@@ -34,7 +34,7 @@ CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 def find_misspelling(
     parser: ArgumentParser, settings: Sequence[Setting], command: str
 ) -> str | None:
-    """A sentence about the first misspelt name; ``None`` if every name is known.
+    """Write a sentence about the first misspelt name; ``None`` if every name is known.
 
     Args:
         parser: The parser of the command.
@@ -82,7 +82,7 @@ class _Walk:
         return self._check_argument(action, classes, end)
 
     def _check_argument(self, action: Any, classes: Sequence[type], end: int) -> str | None:
-        """Go on with the arguments of the class that is named for the same object."""
+        """Check the arguments of the class that is named for the same object."""
         named = self._class_setting(end)
         if named is None:
             return self._no_class(end)
@@ -99,7 +99,7 @@ class _Walk:
         return self.check(parser, end) or self._init_args_missing(end)
 
     def _class_setting(self, end: int) -> Setting | None:
-        """The setting that names the class, from the same source if it is there."""
+        """Find the setting that names the class, from the same source if it is there."""
         paths = {self.path[:end], (*self.path[:end], "class_path")}
         naming = [
             other for other in self.settings if other.path in paths and isinstance(other.value, str)
@@ -137,7 +137,7 @@ class _Walk:
         return f"unknown {self.setting}: see `lightning-sgd {self.command} {self._help(start)}`"
 
     def _help(self, start: int) -> str:
-        """The option that lists what may stand at position ``start``."""
+        """Name the option that lists what may stand at position ``start``."""
         end = start - 1 if start and self.path[start - 1] == "init_args" else start
         named = self._class_setting(end) if start else None
         return f"{self.setting.option(end)}.help {named.value}" if named else "--help"
@@ -151,7 +151,7 @@ class _Walk:
         return f"{self.setting} is given without a class: name it in '{owner}'"
 
     def _init_args_missing(self, end: int) -> str | None:
-        """Only the command line may leave ``init_args`` out."""
+        """Suggest ``init_args``, which only the command line may leave out."""
         if self.setting.source is None:
             return None
         return self._suggest((*self.path[:end], "init_args", *self.path[end:]))

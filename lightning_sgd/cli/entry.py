@@ -1,4 +1,4 @@
-"""From the words on the command line to the code that answers them."""
+"""Finds the command among the words of the command line, and runs it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ OWN_COMMANDS = {
     "list": "show the methods of this package",
     "explain": "show the card of one method",
     "report": "summarise and plot a finished run",
+    "doctor": "check versions, known problems, this machine, and a config",
 }
 COMMANDS = {**TRAINING_COMMANDS, **OWN_COMMANDS}
 
@@ -49,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _command(words: Sequence[str]) -> str | None:
-    """The command among the words; LightningCLI allows ``--config FILE`` before it."""
+    """Find the command among the words; LightningCLI allows ``--config FILE`` before it."""
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         hint = did_you_mean(words[0], COMMANDS, f"see `{PROG} --help`")
         raise UsageError(f"unknown command '{words[0]}': {hint}")
@@ -92,6 +93,9 @@ def _own_parser() -> argparse.ArgumentParser:
     run_help = "folder of a run, or one above it: then the newest run"
     made["report"].add_argument("run_folder", metavar="RUN", help=run_help)
     made["report"].set_defaults(run=_report)
+    config_help = "also build what this file for `fit` names, and check that it resumes and fits"
+    made["doctor"].add_argument("--config", metavar="FILE", help=config_help)
+    made["doctor"].set_defaults(run=_doctor)
     return parser
 
 
@@ -118,3 +122,9 @@ def _report(run_folder: str) -> None:
         report(run_folder)
     except ReportError as error:
         raise UsageError(str(error)) from error
+
+
+def _doctor(config: str | None) -> None:
+    from lightning_sgd.cli.doctor import examine
+
+    examine(config)

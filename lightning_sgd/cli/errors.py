@@ -11,7 +11,7 @@ class UsageError(Exception):
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate most like ``word``, ignoring case; ``None`` if none is much like it.
+    """Find the candidate most like ``word``, ignoring case; ``None`` if none is much like it.
 
     Example:
         >>> nearest("mas", ["SGD", "MaSS"])
@@ -25,7 +25,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, candidates: Iterable[str], otherwise: str) -> str:
-    """The end of a sentence about an unknown ``word``.
+    """Write the end of a sentence about an unknown ``word``.
 
     Args:
         word: What the user wrote.

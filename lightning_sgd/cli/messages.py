@@ -28,7 +28,7 @@ CHECKED_PACKAGES = ("torch.optim.", "lightning.")
 
 
 def one_line(message: str, settings: Sequence[Setting], command: str) -> str:
-    r"""The essence of a message of jsonargparse.
+    r"""Cut a message of jsonargparse to its essence.
 
     Args:
         message: The message, of any number of lines.
@@ -78,7 +78,7 @@ def _refused_value(message: str, option: str, settings: Sequence[Setting]) -> st
 
 
 def told_by_constructor(error: BaseException) -> str | None:
-    """What a constructor says about a setting, if it says it so that a traceback adds nothing.
+    """Extract what a constructor says about a setting, if a traceback would add nothing.
 
     That holds for the checks of this package, of Lightning and of torch's optimizers; ``None`` stands for errors in
     the code of the user.
@@ -97,7 +97,7 @@ def told_by_constructor(error: BaseException) -> str | None:
 
 
 def _place(option: str, value: str, settings: Sequence[Setting]) -> str:
-    """The setting that holds ``value``, by its full name if it can be found."""
+    """Name the setting that holds ``value``, by its full name if it can be found."""
     last = option.rpartition(".")[2]
     for setting in settings:
         if setting.path[-1] == last and str(setting.value) == value:

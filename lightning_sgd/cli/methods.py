@@ -34,7 +34,7 @@ def print_methods(kind: Kind | None = None) -> None:
 
 
 def methods_table(methods: Sequence[Method]) -> Table:
-    """One row per method.
+    """Make a table with one row per method.
 
     Args:
         methods: The methods to show.
@@ -74,7 +74,7 @@ def print_card(name: str) -> None:
 
 
 def read_card(method: Method) -> str:
-    """The card of a method, as it is installed with the package.
+    """Read the card of a method, as it is installed with the package.
 
     Args:
         method: The method.

@@ -46,7 +46,7 @@ class Setting:
         return "".join(f".{key}" if isinstance(key, str) else f"[{key}]" for key in path)[1:]
 
     def option(self, length: int) -> str:
-        """The option of the command line for the first keys of the path."""
+        """Name the option of the command line for the first keys of the path."""
         return _option(self.path[:length])
 
 
@@ -55,7 +55,7 @@ def _option(path: KeyPath) -> str:
 
 
 def read_settings(words: Sequence[str], command: str) -> list[Setting]:
-    """All settings of a command line and of its config files, in the order in which they count.
+    """Read all settings of a command line and of its config files, in the order in which they count.
 
     Args:
         words: The words of the command line.
@@ -75,7 +75,7 @@ def read_settings(words: Sequence[str], command: str) -> list[Setting]:
 
 
 def missing_file(what: str, file: str) -> str:
-    """A sentence about a file that is not there, naming the one beside it that is spelt most like it."""
+    """Write a sentence about a file that does not exist, with the file beside it that is spelt most like it."""
     path = Path(file)
     beside = {other.stem: str(other) for other in path.parent.glob(f"*{path.suffix}")}
     guess = nearest(path.stem, beside)
@@ -84,7 +84,7 @@ def missing_file(what: str, file: str) -> str:
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """``--name`` and value of every ``--name value`` and ``--name=value``."""
+    """Yield name and value of every ``--name value`` and ``--name=value``."""
     for word, following in zip(words, [*words[1:], "--"], strict=True):
         if re.match(r"--?[A-Za-z]", word):
             name, equals, value = word.partition("=")
@@ -99,7 +99,7 @@ def _parse(value: str) -> object:
 
 
 def _place(name: str, settings: Sequence[Setting]) -> KeyPath:
-    """The path of an option: ``callbacks+`` opens a place in a list, ``callbacks.monitor`` is about the last one."""
+    """Find the path of an option: ``callbacks+`` opens a place in a list, ``callbacks.monitor`` means the last one."""
     path: KeyPath = ()
     for key in name.split("."):
         last = _last_position(path, settings)
@@ -112,7 +112,7 @@ def _place(name: str, settings: Sequence[Setting]) -> KeyPath:
 
 
 def _last_position(path: KeyPath, settings: Sequence[Setting]) -> int | None:
-    """The last place that is taken in the list at ``path``; ``None`` if there is no list."""
+    """Find the last place that is taken in the list at ``path``; ``None`` if there is no list."""
     below = [
         setting.path[len(path) :][:1] for setting in settings if setting.path[: len(path)] == path
     ]

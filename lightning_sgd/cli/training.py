@@ -36,7 +36,7 @@ class Parser(LightningArgumentParser):
             ex: The exception behind it.
 
         Raises:
-            UsageError: Always, but for the parsers of nested classes, whose callers go on.
+            UsageError: Always, but for the parsers of nested classes, whose callers continue.
         """
         if not self.exit_on_error:
             super().error(message, ex)
@@ -152,7 +152,7 @@ class CommandLine(LightningCLI):
             )
 
     def _best_checkpoint(self) -> str | None:
-        """The file with the best weights; one that was chosen by a metric goes before one that is merely the last."""
+        """Find the file with the best weights; one chosen by a metric goes before one that is merely the last."""
         saved = [
             callback
             for callback in self.trainer.checkpoint_callbacks

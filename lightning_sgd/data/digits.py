@@ -24,7 +24,7 @@ class DigitsDataModule(LightningDataModule):
     A batch is ``(images, labels)`` or ``{"image": images, "label": labels}`` with images of shape (n, 1, 8, 8),
     float32, and labels of shape (n,), int64. What neither validation nor test takes is for training: 1000 samples by
     default. The split depends on ``seed`` alone, the order of an epoch on ``seed`` and the number of the epoch, and
-    neither touches the global random state. A resumed run goes on with the very next batch.
+    neither touches the global random state. A resumed run continues with the very next batch.
 
     Every rank has the same number of batches. Without ``partition_skew`` the training data are dealt out anew in
     every epoch; with it each rank keeps its own part, as in federated learning. Prediction runs on the test images.
@@ -93,7 +93,7 @@ class DigitsDataModule(LightningDataModule):
             self._position = None
 
     def train_dataloader(self) -> ResumableDataLoader[Batch]:
-        """Batches in an order that depends on the number of the epoch."""
+        """Deliver batches in an order that depends on the number of the epoch."""
         dataset, (num_ranks, rank) = self.train_set, self._ranks()
         if self.partition_skew is not None:
             dataset, num_ranks, rank = self._own_part(num_ranks, rank), 1, 0
@@ -107,24 +107,24 @@ class DigitsDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation set, in order; with several ranks Lightning deals it out."""
+        """Deliver the validation set, in order; with several ranks Lightning distributes it."""
         return DataLoader(self.val_set, **self._loader_settings())
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """The test set, in order; with several ranks Lightning deals it out."""
+        """Deliver the test set, in order; with several ranks Lightning distributes it."""
         return DataLoader(self.test_set, **self._loader_settings())
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test set, in order."""
+        """Deliver the test set, in order."""
         return self.test_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position within the epoch, which Lightning forgets when it sets the loaders up early."""
+        """Save the position within the epoch, which Lightning forgets when it sets the loaders up early."""
         loader = self._running_loader()
         return loader.state_dict() if isinstance(loader, ResumableDataLoader) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position for the training loader that will be asked for."""
+        """Keep the position for the next training loader."""
         self._position = state_dict or None
 
     def _running_loader(self) -> object:

@@ -11,7 +11,7 @@ from lightning_sgd._validation import expect
 
 
 def effective_batch_size(trainer: Trainer) -> int:
-    """Samples behind one optimizer step: loader's batch size × accumulated batches × ranks.
+    """Count the samples behind one optimizer step: loader's batch size × accumulated batches × ranks.
 
     It can be asked from ``configure_optimizers`` on and in every hook of a callback. Before the loaders are set up it
     requests the training loader once more and drops it, instead of having Lightning set them up early: that would

@@ -14,7 +14,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class ResumableDataLoader(DataLoader[T_co]):
-    """A DataLoader that goes on with the very next batch after a restart in the middle of an epoch.
+    """A DataLoader that continues with the very next batch after a restart in the middle of an epoch.
 
     Lightning saves and restores the position by itself, since the loader has :meth:`state_dict` and
     :meth:`load_state_dict`. The batches that are already done are skipped as lists of indices: nothing is loaded for
@@ -67,11 +67,11 @@ class ResumableDataLoader(DataLoader[T_co]):
         self._running = False
 
     def state_dict(self) -> dict[str, int]:
-        """The number of the epoch, how many of its batches were handed out, and how many it has."""
+        """Save the number of the epoch, how many of its batches were delivered, and how many it has."""
         return dict(self._position)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next iterator go on where ``state_dict`` was taken, if it belongs to that epoch."""
+        """Let the next iterator continue where ``state_dict`` was taken, if it belongs to that epoch."""
         self._position = self._restored = dict(state_dict)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its private iterator

@@ -63,27 +63,27 @@ class DigitsClassifier(LightningModule):
         self.test_accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape (n, 10) for images of shape (n, 1, 8, 8), (n, 8, 8) or (n, 64)."""
+        """Compute logits of shape (n, 10) for images of shape (n, 1, 8, 8), (n, 8, 8) or (n, 64)."""
         logits: Tensor = self.net(images)
         return logits
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Cross-entropy of the batch."""
+        """Compute the cross-entropy of the batch."""
         images, labels = _unpack(batch)
         loss = cross_entropy(self(images), labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
     def validation_step(self, batch: Batch) -> None:
-        """Loss and accuracy over the validation set."""
+        """Log loss and accuracy over the validation set."""
         self._evaluate("val", self.val_accuracy, batch)
 
     def test_step(self, batch: Batch) -> None:
-        """Loss and accuracy over the test set."""
+        """Log loss and accuracy over the test set."""
         self._evaluate("test", self.test_accuracy, batch)
 
     def predict_step(self, batch: Batch | Tensor) -> Tensor:
-        """Class probabilities of shape (n, 10); labels are not needed."""
+        """Compute class probabilities of shape (n, 10); labels are not needed."""
         images = batch if isinstance(batch, Tensor) else _unpack(batch)[0]
         return self(images).softmax(dim=-1)  # type: ignore[no-any-return]  # Module.__call__
 

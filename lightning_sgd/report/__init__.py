@@ -1,4 +1,4 @@
-"""What a run did, for people: tables and plots made from its log files."""
+"""Tables, a plot and a page for people, made from the log files of a run."""
 
 from lightning_sgd.report.files import ReportError
 from lightning_sgd.report.run_report import report

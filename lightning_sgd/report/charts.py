@@ -27,7 +27,7 @@ TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
 def draw(panel: Panel) -> str:
-    """A chart over the optimizer steps, as the address of an image.
+    """Draw a chart over the optimizer steps, as the address of an image.
 
     Args:
         panel: What to draw.
@@ -77,7 +77,7 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
 
 
 def _styles(names: Sequence[str]) -> Iterator[tuple[str, object, str]]:
-    """Colours from dark to bright, in the order of the names; the bright end of the map is too pale for lines."""
+    """Choose colours from dark to bright, in the order of the names; the bright end of the map is too pale."""
     from matplotlib import colormaps
 
     colours = colormaps["viridis"]
@@ -110,7 +110,7 @@ def _address(figure: Figure) -> str:
 
 
 def embedded(file: Path) -> str | None:
-    """A figure that a plug-in has saved, as the address of an image; ``None`` if it is gone.
+    """Embed a figure that a plug-in has saved, as the address of an image; ``None`` if the file is gone.
 
     Args:
         file: SVG or PNG.

@@ -1,4 +1,4 @@
-"""Reading what a run left behind: ``metrics.csv`` of Lightning's CSV logger, and ``config.yaml``."""
+"""Reads the files of a run: ``metrics.csv`` of Lightning's CSV logger, and ``config.yaml``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Series:
 
 
 def find_metrics(run: Path) -> Path:
-    """The metrics of a run.
+    """Find the file with the metrics of a run.
 
     Args:
         run: The folder of the run, or any folder above it: then the run that was written last.
@@ -58,7 +58,7 @@ def find_metrics(run: Path) -> Path:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """All metrics of a run, sorted by name, without the empty cells.
+    """Read all metrics of a run, sorted by name, without the empty cells.
 
     Args:
         path: File of the CSV logger, with a column ``step``.
@@ -91,7 +91,7 @@ def _number(cell: str | None, path: Path) -> float | None:
 
 
 def read_config(folder: Path) -> Mapping[str, object]:
-    """The settings beside the metrics; empty if they were not saved.
+    """Read the settings beside the metrics; empty if they were not saved.
 
     Args:
         folder: Folder of the run.
@@ -104,7 +104,7 @@ def read_config(folder: Path) -> Mapping[str, object]:
 
 
 def read_findings(folder: Path) -> Mapping[str, Any]:
-    """What plug-ins said, beside the metrics; empty if that was not kept.
+    """Read the messages of plug-ins beside the metrics; empty if there is no such file.
 
     Args:
         folder: Folder of the run.
@@ -117,7 +117,7 @@ def read_findings(folder: Path) -> Mapping[str, Any]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file; empty if there is none.
+    """Read the text of a file; empty if there is none.
 
     Args:
         file: Perhaps a file.

@@ -1,4 +1,4 @@
-"""One page of HTML that holds all of a run: no file beside it, no network."""
+"""The page of a run: one HTML file that needs neither other files nor a network."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Part:
 
 
 def page(run: Run) -> str:
-    """The page.
+    """Make the page.
 
     Args:
         run: What it is about.
@@ -134,7 +134,7 @@ def _part(section: Section, folder: Path) -> Part:
 
 
 def _found(folder: Path, file: str) -> Path:
-    """Where a figure is now, if the run has been moved."""
+    """Find a figure, also after the run has been moved."""
     moved = folder / Path(file).name
     return moved if moved.is_file() else Path(file)
 

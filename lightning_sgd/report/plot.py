@@ -1,4 +1,4 @@
-"""The picture of a run: losses above, accuracies below."""
+"""The plot of a run: losses above, accuracies below."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEW = 40  # so many points are marked one by one; more are the noisy losses of s
 
 
 def can_plot(metrics: Mapping[str, Series]) -> bool:
-    """Whether there is a loss or an accuracy.
+    """Tell whether there is a loss or an accuracy.
 
     Args:
         metrics: All metrics of a run.
@@ -58,7 +58,7 @@ def save_plot(metrics: Mapping[str, Series], title: str, path: Path) -> None:
 
 
 def choose(metrics: Mapping[str, Series], belongs: Callable[[str], bool]) -> dict[str, Series]:
-    """The metrics of one panel in the order training, validation, test, others.
+    """Choose the metrics of one panel, in the order training, validation, test, others.
 
     Args:
         metrics: All metrics of a run.
@@ -70,7 +70,7 @@ def choose(metrics: Mapping[str, Series], belongs: Callable[[str], bool]) -> dic
 
 
 def _split(name: str) -> str:
-    """``val`` of ``val/loss`` or ``val_loss``."""
+    """Take ``val`` from ``val/loss`` or ``val_loss``."""
     return name.replace("_", "/").partition("/")[0]
 
 
@@ -90,7 +90,7 @@ def _draw_panel(axes: Axes, label: str, metrics: Mapping[str, Series]) -> None:
 
 
 def _make_logarithmic(axes: Axes, span: float) -> None:
-    """With ticks in plain numbers; below two powers of ten those alone would be too few."""
+    """Make an axis logarithmic, with ticks in plain numbers, also between powers of ten if those are few."""
     from matplotlib.ticker import LogLocator
 
     axes.set_yscale("log")
@@ -116,7 +116,7 @@ def _draw_curve(axes: Axes, name: str, series: Series) -> None:
 
 
 def _draw_result(axes: Axes, name: str, series: Series) -> None:
-    """The test result, one number, as a line across the panel."""
+    """Draw the test result, one number, as a line across the panel."""
     value = series.values[-1]
     colour = COLOURS["test"]
     axes.axhline(

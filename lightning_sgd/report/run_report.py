@@ -46,7 +46,7 @@ def report(run: str | Path, console: Console | None = None) -> None:
 
 
 def _where(path: Path, metrics: Mapping[str, Series], settings: Mapping[str, str]) -> list[str]:
-    """One line per file of the report."""
+    """Make one line per file of the report."""
     config = path.with_name(CONFIG)
     return [
         f"metrics  {path}",
@@ -57,7 +57,7 @@ def _where(path: Path, metrics: Mapping[str, Series], settings: Mapping[str, str
 
 
 def _plot(image: Path, metrics: Mapping[str, Series], settings: Mapping[str, str]) -> str:
-    """Where the plot is, or why there is none."""
+    """Save the plot; say where it is, or why there is none."""
     if not can_plot(metrics):
         return "none: no loss and no accuracy was logged"
     try:
@@ -68,7 +68,7 @@ def _plot(image: Path, metrics: Mapping[str, Series], settings: Mapping[str, str
 
 
 def _page(path: Path, metrics: Mapping[str, Series], settings: Mapping[str, str]) -> str:
-    """Where the page is, or why there is none."""
+    """Save the page; say where it is, or why there is none."""
     folder, file = path.parent, path.with_name(PAGE)
     findings, config = read_findings(folder), read_text(folder / CONFIG)
     try:
@@ -80,6 +80,6 @@ def _page(path: Path, metrics: Mapping[str, Series], settings: Mapping[str, str]
 
 
 def _title(settings: Mapping[str, str]) -> str:
-    """The optimizer with its settings first: runs are compared by it."""
+    """Make a title that begins with the optimizer and its settings: runs are compared by it."""
     words = [settings[name] for name in ("optimizer", "scheduler", "strategy") if name in settings]
     return ", ".join(words)

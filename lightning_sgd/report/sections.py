@@ -58,12 +58,12 @@ class Section:
 
     @property
     def purpose(self) -> str:
-        """First sentence of its documentation; empty for classes of others."""
+        """The first sentence of its documentation; empty for classes of others."""
         return purpose_of(self.plugin)
 
 
 def in_words(name: str) -> str:
-    """A class name as a heading.
+    """Turn a class name into a heading.
 
     Args:
         name: In camel case.
@@ -78,7 +78,7 @@ def in_words(name: str) -> str:
 
 
 def purpose_of(plugin: str) -> str:
-    """First sentence of the documentation of a class of this package.
+    """Take the first sentence of the documentation of a class of this package.
 
     Args:
         plugin: Name of the class.
@@ -90,7 +90,7 @@ def purpose_of(plugin: str) -> str:
 
 
 def sections(metrics: Mapping[str, Series], findings: Mapping[str, Any]) -> list[Section]:
-    """One for each plug-in that spoke; without a record of that, one for each monitor whose metrics are there.
+    """Make one section for each plug-in with a message, or, without messages, for each monitor with metrics.
 
     Args:
         metrics: All metrics of the run.
@@ -116,7 +116,7 @@ def sections(metrics: Mapping[str, Series], findings: Mapping[str, Any]) -> list
 
 
 def panels(metrics: Mapping[str, Series]) -> list[Panel]:
-    """Metrics in groups of one chart each.
+    """Sort metrics into groups of one chart each.
 
     ``a/b`` is the main curve among ``a/b/c`` for all ``c``, and ``a/b_error`` the width of a band around it. Without a
     chart are metrics that never change.
@@ -148,7 +148,7 @@ def panels(metrics: Mapping[str, Series]) -> list[Panel]:
 
 
 def constant(series: Series) -> float | None:
-    """The value of a metric that was always the same, or logged once; NaN if it never was a number.
+    """Find the value of a metric that was constant, or logged once; NaN if it never was a number.
 
     Args:
         series: At least one value.
@@ -163,7 +163,7 @@ def constant(series: Series) -> float | None:
 
 
 def others(metrics: Mapping[str, Series], taken: Iterable[Section]) -> dict[str, Series]:
-    """Metrics that are in no section.
+    """List the metrics that are in no section.
 
     Args:
         metrics: All metrics of the run.

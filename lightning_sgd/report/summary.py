@@ -37,7 +37,7 @@ class Summary:
 
 
 def is_loss(name: str) -> bool:
-    """Whether lower is better.
+    """Tell whether lower is better.
 
     Example:
         >>> is_loss("train/loss"), is_loss("val/accuracy")
@@ -47,7 +47,7 @@ def is_loss(name: str) -> bool:
 
 
 def is_accuracy(name: str) -> bool:
-    """Whether higher is better.
+    """Tell whether higher is better.
 
     Example:
         >>> is_accuracy("val_acc"), is_accuracy("val/loss")
@@ -57,7 +57,7 @@ def is_accuracy(name: str) -> bool:
 
 
 def is_test(name: str) -> bool:
-    """Whether the metric was taken on the test set.
+    """Tell whether the metric was taken on the test set.
 
     Example:
         >>> is_test("test/accuracy"), is_test("latest/loss")
@@ -67,7 +67,7 @@ def is_test(name: str) -> bool:
 
 
 def summarise(series: Series) -> Summary:
-    """First, last and extreme values; NaN never counts as an extreme.
+    """Find first, last and extreme values; NaN never counts as an extreme.
 
     Args:
         series: Values of one metric, at least one.
@@ -91,7 +91,7 @@ def summarise(series: Series) -> Summary:
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """The mean around each value; NaN is left out of it, and at the ends so is what does not exist.
+    """Average the values around each one, without NaN; at the ends over the values that exist.
 
     Args:
         values: The values.
@@ -108,7 +108,7 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 
 def describe(spec: object) -> str:
-    """A class and its settings on one line; what is switched off (null, false, 0) is left out.
+    """Write a class and its settings on one line; what is switched off (null, false, 0) is left out.
 
     Args:
         spec: ``{"class_path": …, "init_args": …}`` of a config, or a plain value.
@@ -128,7 +128,7 @@ def describe(spec: object) -> str:
 
 
 def describe_run(config: Mapping[str, object]) -> dict[str, str]:
-    """What was trained and how, for as much as the config tells; what Lightning chose itself is left out.
+    """Describe what was trained and how, as far as the config tells; Lightning's own choices are left out.
 
     Args:
         config: Content of ``config.yaml``.

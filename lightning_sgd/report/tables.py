@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def settings_table(settings: Mapping[str, str]) -> Table:
-    """Name and value of each setting.
+    """Make a table with name and value of each setting.
 
     Args:
         settings: What was trained and how.
@@ -37,7 +37,7 @@ def settings_table(settings: Mapping[str, str]) -> Table:
 
 
 def metrics_table(metrics: Mapping[str, Series]) -> Table | None:
-    """First, best and last value of each metric that is not of the test set; ``None`` if there is none.
+    """Make a table of first, best and last value of each metric but those of the test set; ``None`` if there is none.
 
     Args:
         metrics: All metrics of a run.
@@ -55,7 +55,7 @@ def metrics_table(metrics: Mapping[str, Series]) -> Table | None:
 
 
 def results_panel(metrics: Mapping[str, Series]) -> Panel | None:
-    """The last value of each metric of the test set; ``None`` if the run was not tested.
+    """Show the last value of each metric of the test set; ``None`` if the run was not tested.
 
     Args:
         metrics: All metrics of a run.
@@ -70,7 +70,7 @@ def results_panel(metrics: Mapping[str, Series]) -> Panel | None:
 
 
 def _best(name: str, summary: Summary) -> tuple[str, str]:
-    """The best value and its step; both extremes where neither direction is better."""
+    """Find the best value and its step; both extremes where neither direction is better."""
     if is_loss(name):
         return _row([summary.lowest])
     if is_accuracy(name):

@@ -6,7 +6,7 @@ import pytest
 from support import callback_checks as checks
 from support import callback_interruptions as interruptions
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 
 @pytest.mark.compatible("training unchanged, bit by bit")

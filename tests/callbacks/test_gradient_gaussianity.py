@@ -85,6 +85,7 @@ def test_noise_of_a_known_law_is_recognised(tmp_path, law):
     assert (gap > 0.01) == heavy
 
 
+@pytest.mark.slow
 def test_averaging_over_a_batch_makes_noise_gaussian(tmp_path):
     # The reason why the answer holds for one batch size only.
     verdicts = []

@@ -371,6 +371,7 @@ MICRO = Subject(lambda **settings: monitor("microbatches", **settings), KEYS)
 RANKS = Subject(lambda **settings: monitor("ranks", **settings), KEYS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -107,6 +107,7 @@ def test_our_strategies_keep_priorities_alike(tmp_path, name):
     assert_equal(first["state"], second["state"], "the state")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("interrupted_at", "num_workers"), [(3, 0), (7, 0), (9, 0), (14, 0), (16, 0), (9, 2)]
 )

@@ -159,6 +159,7 @@ def test_cheap_looks_go_on_between_full_looks(tmp_path, monkeypatch, caplog):
     assert ", as of step 24 of 25: `max_overhead` allowed no full look since." in caplog.text
 
 
+@pytest.mark.slow
 def test_where_only_the_first_look_is_full_the_end_is_about_the_stable_rank(
     tmp_path, monkeypatch, caplog
 ):
@@ -172,6 +173,7 @@ def test_where_only_the_first_look_is_full_the_end_is_about_the_stable_rank(
     assert (tmp_path / "rank_heat_map.png").exists()
 
 
+@pytest.mark.slow
 def test_a_training_too_short_for_a_second_look_says_so(tmp_path, monkeypatch, caplog):
     monitor = watch(max_overhead=1 / 8 / 0.8, save_figure=True)
     run = trainer(tmp_path, callbacks=[SlowClock(monkeypatch), monitor], max_steps=3, max_epochs=-1)
@@ -319,6 +321,7 @@ def test_no_hook_is_left_behind(tmp_path, fails):
     assert not any(child._forward_hooks for child in module.modules())
 
 
+@pytest.mark.slow
 def test_the_heat_map_goes_to_the_folder_and_to_tensorboard(tmp_path, caplog):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     monitor = watch(save_figure=True)

@@ -303,6 +303,7 @@ def test_a_training_step_without_loss_is_told(tmp_path):
         trainer(tmp_path, callbacks=[watch()]).fit(Silent(SGD), batches())
 
 
+@pytest.mark.slow
 def test_lines_and_figure(tmp_path, caplog):
     monitor = watch(num_batches=64, save_figure=True)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):

@@ -23,6 +23,7 @@ PROMISES = {**vars(checks), **vars(interruptions)}
 CHECKS = {name: check for name, check in PROMISES.items() if name.startswith("check_")}
 MISBEHAVIOUR = []
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(60),
     # A resumed run keeps its files apart on purpose.
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),

@@ -9,7 +9,7 @@ import pytest
 
 import lightning_sgd
 from lightning_sgd.catalogue import CATALOGUE
-from lightning_sgd.cli.entry import COMMANDS
+from lightning_sgd.cli.entry import COMMANDS, OWN_COMMANDS
 from lightning_sgd.cli.methods import read_card
 
 
@@ -36,7 +36,8 @@ def test_without_arguments_the_help_is_shown(command, capsys):
 
 def test_the_help_has_one_line_per_command(output):
     lines = output().splitlines()
-    assert set(COMMANDS) == {"fit", "validate", "test", "predict", "list", "explain", "report"}
+    assert set(OWN_COMMANDS) == {"list", "explain", "report", "doctor"}
+    assert set(COMMANDS) == {"fit", "validate", "test", "predict", *OWN_COMMANDS}
     for name, summary in COMMANDS.items():
         assert [line.split() for line in lines if line.strip().startswith(f"{name} ")] == [
             [name, *summary.split()]

@@ -9,6 +9,9 @@ import pytest
 import yaml
 from support.descent import BATCHES_PER_EPOCH, Witness
 
+pytestmark = pytest.mark.slow
+
+
 KEEP_BEST = (
     "--trainer.callbacks+=ModelCheckpoint",
     "--trainer.callbacks.monitor=val/loss",

@@ -289,6 +289,7 @@ def test_a_missing_extra_is_named(monkeypatch):
         ready()
 
 
+@pytest.mark.slow
 def test_a_config_round_trips(tmp_path, capsys, monkeypatch):
     # `--print_config` is how users start a config of their own.
     # LightningCLI itself uses a method that jsonargparse has deprecated.

@@ -265,6 +265,7 @@ def trajectories(steps, num=64, sigma_squares=(1.0, 1.0 / 512), **settings):
     return u.detach().square().sum(dim=1).median().item()
 
 
+@pytest.mark.slow
 def test_typical_paths_at_condition_number_512():
     # Medians over 64 runs: Nesterov explodes (1.2e2 at 100, 1.5e16 at 500 steps), SGD crawls (0.52 at 1000),
     # MaSS converges (9e-6 at 1000). The random numbers differ from the source's, hence orders of magnitude.

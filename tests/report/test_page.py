@@ -145,6 +145,7 @@ def test_pictures_are_whole_and_have_a_text(page):
     assert "rank/num_dead <b>0</b>" in page
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_pages(run, page):
     report(run, Console(file=io.StringIO()))
     assert (run / "report.html").read_text(encoding="utf-8") == page

@@ -163,6 +163,7 @@ def test_without_matplotlib_the_table_still_comes(run, printed, monkeypatch):
     assert "page none: `pip install 'lightning-sgd[report]'` brings matplotlib and Jinja2" in lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["", "- a list", "{broken", "!!python/object:os.x {}", None])
 def test_a_config_that_cannot_be_read_is_done_without(tmp_path, printed, config):
     (tmp_path / "metrics.csv").write_text(LOG)

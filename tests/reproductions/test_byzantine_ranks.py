@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.reproductions import load
 
 ROOT = Path(__file__).parents[2]
 RUNS = {
@@ -20,14 +19,7 @@ BREAKING = ("sign flip × 100", "NaN", "infinity", "IPM, ε = 5", "Gaussian, σ 
 
 @pytest.fixture(scope="module")
 def ranks():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "byzantine_ranks", ROOT / "examples/reproductions/byzantine_ranks.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["byzantine_ranks"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("byzantine_ranks")
 
 
 def accuracy(dealt, attack, *rules, num_ranks=None):

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 
 import pytest
 import torch
 from support.least_squares import diagonal_risks
+from support.reproductions import load
 
 
 @pytest.fixture(scope="module")
 def script(root):
     """The script as a module."""
-    name = "critical_batch_size_digits"
-    spec = importlib.util.spec_from_file_location(name, root / f"examples/reproductions/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("critical_batch_size_digits")
 
 
 @pytest.fixture(scope="module")

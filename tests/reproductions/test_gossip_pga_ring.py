@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from statistics import fmean
 
 import pytest
+from support.reproductions import load
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(name):
-    """An example, imported by its path."""
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / "examples/reproductions" / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and the other example look their modules up
-    spec.loader.exec_module(module)
-    return module
 
 
 load("overlap_local_sgd_digits")

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 from scipy import stats
+from support.reproductions import load
 
 NAMES = (
     "gradient_gaussianity_digits",
     "gradient_gaussianity_calibration",
     "gradient_noise_sweep",
 )
-
-
-def load(root, name):
-    spec = importlib.util.spec_from_file_location(name, root / f"examples/reproductions/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def rows_of(root, name):
@@ -34,7 +25,7 @@ def rows_of(root, name):
 
 @pytest.mark.parametrize("net", ["MLP", "CNN"])
 def test_gradients_of_whole_batches_are_autograds(root, monkeypatch, net):
-    script = load(root, NAMES[0])
+    script = load(NAMES[0])
     monkeypatch.setattr(script, "NUM_GRADIENTS", 20)
     x, y = torch.rand(3, 64), torch.tensor([0, 1, 2])
     model = script.NETS[net]()
@@ -50,7 +41,7 @@ def test_gradients_of_whole_batches_are_autograds(root, monkeypatch, net):
 
 
 def test_the_noise_of_the_calibration_has_the_laws_of_its_names(root):
-    script = load(root, NAMES[1])
+    script = load(NAMES[1])
     generator = torch.Generator().manual_seed(0)
     laws = {**script.GAUSSIAN, **script.OTHER}
     rows = {name: draw(generator) for name, draw in laws.items()}

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import pytest
 import torch
+from support.reproductions import load
 
 
 @pytest.fixture(scope="module")
 def digits(root):
     """The script as a module."""
-    path = root / "examples/reproductions/local_sgd_digits.py"
-    spec = importlib.util.spec_from_file_location("local_sgd_digits", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["local_sgd_digits"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("local_sgd_digits")
 
 
 @pytest.mark.parametrize(

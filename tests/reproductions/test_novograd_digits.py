@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 
 import pytest
+from support.reproductions import load
 
 
 @pytest.fixture(scope="module")
 def digits(root):
     """The script as a module."""
-    file = root / "examples/reproductions/novograd_digits.py"
-    spec = importlib.util.spec_from_file_location("novograd_digits", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["novograd_digits"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("novograd_digits")
 
 
 @pytest.fixture(scope="module")

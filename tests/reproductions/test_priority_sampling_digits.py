@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 
 import pytest
+from support.reproductions import load
 
 DEFAULT = "λ 0.3, β 0.5 (default)"
 
@@ -15,12 +14,7 @@ DEFAULT = "λ 0.3, β 0.5 (default)"
 @pytest.fixture(scope="module")
 def digits(root):
     """The script as a module."""
-    name = "priority_sampling_digits"
-    spec = importlib.util.spec_from_file_location(name, root / f"examples/reproductions/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("priority_sampling_digits")
 
 
 @pytest.fixture(scope="module")

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
+from support.reproductions import load
 
 
 @pytest.fixture(scope="module")
 def sweep(root):
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "sweep", root / "examples/reproductions/rank_collapse_sweep.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweep"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("rank_collapse_sweep")
 
 
 @pytest.fixture(scope="module")

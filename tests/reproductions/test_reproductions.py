@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
+from support.reproductions import load
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(name):
-    """An example, imported by its path."""
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / "examples/reproductions" / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 mass_rates = load("mass_rates")

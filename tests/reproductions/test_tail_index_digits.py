@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
+from support.reproductions import load
 
 
 @pytest.fixture(scope="module")
 def script(root):
     """The script as a module."""
-    name = "tail_index_digits"
-    spec = importlib.util.spec_from_file_location(name, root / f"examples/reproductions/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("tail_index_digits")
 
 
 @pytest.fixture(scope="module")

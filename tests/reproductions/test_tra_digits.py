@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 
 import pytest
+from support.reproductions import load
 
 
 @pytest.fixture(scope="module")
 def digits(root):
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "tra_digits", root / "examples/reproductions/tra_digits.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tra_digits"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("tra_digits")
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,7 @@ def test_ranks_at_different_places_are_told_where_each_is(tmp_path, purposes, st
         assert expected in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 5, 64, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tags_are_equal_exactly_when_their_sums_say_so(num_ranks, dtype):

@@ -93,6 +93,13 @@ class TrainingOnly(LightningDataModule):
         return DataLoader(TensorDataset(torch.zeros(BATCHES_PER_EPOCH)))
 
 
+class NoLoader(LightningDataModule):
+    """Its files are missing."""
+
+    def train_dataloader(self):
+        raise FileNotFoundError("no images here")
+
+
 class PerStepLR(StepLR):
     """A scheduler that says how often it wants to be called."""
 

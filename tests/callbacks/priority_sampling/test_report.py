@@ -14,6 +14,7 @@ from support.priority_training import BATCHES, C, Linear, N, fit, quiet
 from lightning_sgd import PrioritySampling
 
 
+@pytest.mark.slow
 def test_the_figure_has_two_panels(tmp_path):
     callback = PrioritySampling()
     with pytest.raises(RuntimeError, match="Plot after training"):

@@ -73,6 +73,7 @@ def test_presampling_is_the_paper_by_hand(tmp_path):
     assert module.losses[1] == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_presampling_is_unbiased():
     # Any scores: the weighted mean over draws of b of B candidates is the mean over the candidates.
     generator = torch.Generator().manual_seed(0)

@@ -36,6 +36,7 @@ def spectrum(power, size):
 # False alarms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [0, 1, 2, 4], ids=lambda power: f"spectrum of power {power}")
 def test_gaussian_noise_is_rarely_called_something_else(power):
     # 240 runs at a stated rate of 5 %; more than 21 false alarms have a probability below 0.5 % then.
@@ -50,6 +51,7 @@ def test_gaussian_noise_is_rarely_called_something_else(power):
     assert (max(raw) > 0.3) == (power >= 2)
 
 
+@pytest.mark.slow
 def test_each_family_has_its_rate():
     # In one effective dimension and over many bootstraps p-values are near uniform, in many they are cautious.
     p_values = []
@@ -88,6 +90,7 @@ LAWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_other_noise_is_found_and_where(law):
     rows, (least, most) = LAWS[law]
@@ -101,6 +104,7 @@ def test_other_noise_is_found_and_where(law):
     )
 
 
+@pytest.mark.slow
 def test_the_level_of_one_direction_is_that_of_the_test():
     rows = normal(100, 3000)
     for test in ("shapiro_wilk", "anderson_darling", "jarque_bera"):

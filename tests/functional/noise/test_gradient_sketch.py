@@ -20,6 +20,7 @@ def vectors(kind, size=333):
     return x, x + 0.5 * y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "parallel blocks"])
 def test_norms_and_inner_products_have_no_bias_and_the_variance_of_the_formula(kind):
     # Over seeds, because a bias of one sketch cannot be seen in it.

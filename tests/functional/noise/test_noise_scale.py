@@ -63,6 +63,7 @@ def test_estimates_have_no_bias(m):
             assert values.var() * 0.9 < claimed < values.var() * {3: 2.5, 16: 1.25}[m]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "num_looks"), [(32, 1), (16, 8), (4, 30), (2, 60)])
 def test_the_interval_holds_the_truth_as_often_as_it_says(m, num_looks):
     generator, num, hits = torch.Generator().manual_seed(1), 300, 0

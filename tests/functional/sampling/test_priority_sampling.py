@@ -151,6 +151,7 @@ def test_composers_variant_keeps_exactly_its_share(n, keep):
     assert len(rows) == len(set(rows.tolist())) == max(1, math.floor(round(n * keep, 9)))
 
 
+@pytest.mark.slow
 def test_composers_variant_draws_as_numpy_does_without_replacement():
     # q = 1/8, 3/8, 5/8, 7/8 with exponent 1; the chance of each to be among two, by enumeration.
     p = np.array([1, 3, 5, 7]) / 16
