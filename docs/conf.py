@@ -47,7 +47,10 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(Any|DataLoader|Dataset|Figure|LightningModule|Optimizer|ParamsT|T_co|Tensor|Trainer|optional)",
     ),
-    (r"py:.*", r"(BufferRule|Workers|lightning_sgd\.strategies\._sharded_rule\.StepReport)"),
+    (
+        r"py:.*",
+        r"(BufferRule|Workers|lightning_sgd\.strategies\.byzantine\.sharded_rule\.StepReport)",
+    ),
     (r"py:.*", r"(BufferPolicy|OptimizerStatePolicy|InitialWeights|StartMethod|timedelta)"),
     (
         r"py:.*",
@@ -60,7 +63,10 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(GaussianityVerdict|TestName)"),
     (r"py:.*", r"(Order|ScoreFunction|ScoreName|Selection|SelectionRule|Unseen|WeightNorm)"),
     (r"py:.*", r"lightning_sgd\.sampling\.draw\.Draw"),
-    (r"py:.*", r"(_AX_TYPE|_PLOT_OUT_TYPE|lightning_sgd\.functional\.hogwild\.DiminishingSteps)"),
+    (
+        r"py:.*",
+        r"(_AX_TYPE|_PLOT_OUT_TYPE|lightning_sgd\.functional\.step_size\.diminishing\.DiminishingSteps)",
+    ),
 ]
 
 

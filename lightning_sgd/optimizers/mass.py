@@ -68,7 +68,7 @@ class MaSS(GroupwiseOptimizer):
         maximize: Ascend instead of descend.
         foreach: Use multi-tensor operations; by default only where the fused kernel is not available.
         fused: Use torch's fused SGD kernel; by default wherever it is available.
-        differentiable: Let autograd run through :meth:`step`; then neither ``foreach`` nor ``fused`` is used.
+        differentiable: Let autograd run through ``step``; then neither ``foreach`` nor ``fused`` is used.
 
     Raises:
         ValueError: If an argument is out of range, or parameters are complex or gradients sparse.
