@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 
 import numpy as np
 import pytest
@@ -151,14 +151,17 @@ def test_steps_against_batch_size():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_nesterov_breaks_where_mass_is_best_on_digits():
-    # The reproduction in small: 8 epochs of the 20, no Adam.
-    def loss(method):
-        return fmean(
-            mass_digits.train(method, 0.3, seed, num_epochs=8).losses[-1] for seed in (0, 1, 2)
+    # The reproduction in small: 8 epochs of the 20, no Adam. At this step size MaSS ends twice as high for one seed in
+    # four or so, and which one depends on how a processor rounds: the median of nine shows the order.
+    def loss(method, num_seeds):
+        return median(
+            mass_digits.train(method, 0.3, seed, num_epochs=8).losses[-1]
+            for seed in range(num_seeds)
         )
 
-    mass, sgd, nesterov = loss("MaSS, κ̃ = 2"), loss("SGD"), loss("Nesterov")
+    mass, sgd, nesterov = loss("MaSS, κ̃ = 2", 9), loss("SGD", 3), loss("Nesterov", 3)
     assert nesterov > 4 * mass
     assert mass < sgd < nesterov
 
