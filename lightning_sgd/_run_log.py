@@ -20,6 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 FILE = "findings.json"
 PACKAGES = "lightning-sgd", "lightning", "torch", "torchmetrics", "numpy"
 
+# Weak, so that a record does not keep a trainer alive; and not an attribute of the trainer, which is pickled for
+# `spawn`.
 _RECORDS: WeakKeyDictionary[Trainer, dict[str, Any]] = WeakKeyDictionary()
 
 
@@ -54,6 +56,7 @@ def log_metrics(trainer: Trainer, values: Mapping[str, float], num_uncounted: in
     step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped + num_uncounted - 1)
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
+    # Tensors, because EarlyStopping and ModelCheckpoint compare with functions of torch.
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
 
 
@@ -64,6 +67,7 @@ def logger_names(trainer: Trainer) -> str:
 
 def log_folder(trainer: Trainer) -> Path:
     """Return the folder for files of this run; to be called on all ranks, because a logger may ask the first one."""
+    # Lightning broadcasts `log_dir` from rank 0, a collective: hence on all ranks.
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
@@ -114,6 +118,7 @@ def _write(trainer: Trainer, record: dict[str, Any]) -> None:
     if "://" in loggers[0].log_dir:  # the report reads local files
         return
     folder.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed: who reads while training goes on never sees half a file.
     part = folder / f"{FILE}.part"
     part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(folder / FILE)

@@ -102,6 +102,7 @@ def plain_number(value: Any) -> Any:
         (0.001, 0.5, [0.9, 1])
     """
     if isinstance(value, str):
+        # Integers first: a count must not become 1.0.
         for kind in (int, float):
             with contextlib.suppress(ValueError):
                 return kind(value)

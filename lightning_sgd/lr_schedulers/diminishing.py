@@ -121,4 +121,5 @@ class DiminishingLR(PlannedLR):
     def plan(self) -> float:
         """The step size by the number of updates of all processes together."""
         steps = self.steps
+        # Each process counts its own updates and takes the others to be as fast.
         return steps.at(self.last_epoch * self.num_steps_per_call * steps.num_processes)

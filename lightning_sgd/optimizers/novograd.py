@@ -149,6 +149,7 @@ class NovoGrad(GroupwiseOptimizer):
 
     def step_group(self, group: ParamGroup) -> None:
         """Make the step of one parameter group."""
+        # The form of apex keeps a momentum of raw gradients, so decay cannot be inside of it.
         decoupled = group["decoupled_weight_decay"] or group["variant"] == "apex"
         decay = group["weight_decay"]
         beta1, beta2 = group["betas"]
@@ -164,6 +165,7 @@ class NovoGrad(GroupwiseOptimizer):
             params, grads, momenta = tensors
             lr = lr_on(kind.device, group["lr"])
             if decoupled and decay:
+                # Before the step and apart from it, as AdamW does.
                 torch._foreach_mul_(params, 1 - lr * decay)
             coefficients = novograd_coefficients_(
                 grads,
@@ -201,7 +203,9 @@ class NovoGrad(GroupwiseOptimizer):
 def _obstacle(kind: TensorType, settings: NovoGradSettings) -> str | None:
     """Return why the fused kernel cannot make the step with these settings."""
     if kind.device.type != "cpu" and not settings.uniform:
+        # Coefficients that differ from tensor to tensor would have to be read on the host, which waits for the device.
         return "available for these settings outside the CPU"
+    # torch's kernel writes no buffer without momentum, and the one call for all tensors divides by β₁.
     return None if settings.beta1 > 0 else "made for β₁ = 0"
 
 

@@ -117,6 +117,8 @@ class BiasedSGDProblem:
         """Weight of the squared distance in the bound on the squared gradient."""
         L = self.L or 0.0
         return {
+            # Each row splits ‖u‖² ≤ 2‖u − ∇f_i(x*)‖² + 2‖∇f_i(x*)‖², then smoothness or co-coercivity bounds the first
+            # term; "shifted" splits u − mξ, which is at most β + m‖x*‖ long, instead.
             "smooth": 2 * L**2,
             "convex": 0.0,
             "strongly_convex": -2 * self.m * L,
@@ -192,9 +194,11 @@ def biased_sgd_step_bound(
     if alpha == 0:
         return StepBound(U, 1.0, 0.0, 0.0, 0.0, "closed_form")
     excess = step.best_excess
+    # ν ≥ 0: the best s of the unconstrained problem is allowed, and its value is known.
     if step.slope(excess) >= 0:
         bound = (math.sqrt(step.exact) + math.sqrt(step.added)) ** 2
         return step.bound(excess, bound, "closed_form")
+    # Over the logarithm, because the best s − 1 may lie anywhere between 1e-9 and 1e9. Without an error s is 1.
     if step.added > 0:
         excess = math.exp(golden(lambda x: step.value(math.exp(x)), *step.bracket(excess)))
     return step.bound(excess, step.value(excess), "searched")
@@ -214,6 +218,7 @@ class Step:
     def exact(self) -> float:
         """Squared distance after a step without error."""
         curvature = 1 - 2 * self.problem.m * self.alpha + self.problem.m_tilde * self.alpha**2
+        # Never negative in exact arithmetic, because M̃ ≥ m²; the root of a rounded value must not fail.
         return max(curvature, 0.0) * self.U + 2 * self.alpha**2 * self.problem.G2
 
     @property
@@ -248,6 +253,8 @@ class Step:
         total = self.U * (1 + excess + lam * problem.m11) + 2 * lam * problem.G2
         total += self._zeta(excess) * self.c**2 if self.c and excess else 0.0
         if nu >= 0:
+            # ν < 0 is replaced by 0 and λ grows by w: w·growth + U·ν²/w is lowest at w = −ν·√(U/growth), which is put
+            # in below.
             return total - 2 * problem.m * nu * self.U
         return total - 2 * nu * (problem.m21 * self.U + math.sqrt(self.U * self._growth))
 
@@ -268,6 +275,7 @@ class Step:
 
     def bracket(self, excess: float) -> tuple[float, float]:
         """Logarithms between which the best s − 1 lies if ν would be negative at ``excess``."""
+        # ν = α·s·(1 − α·M21·(1 + δ²/(s − 1))): for α·M21 ≥ 1 it is negative for every s, so nothing limits the search.
         room = 1 - self.alpha * self.problem.m21
         if room <= 1e-9:
             return math.log(1e-9), math.log(1e9)

@@ -38,6 +38,7 @@ def round_to_grid(values: Tensor, num_bits: int) -> Tensor:
     """
     expect(num_bits >= 2, "num_bits", "at least 2", num_bits, "One bit is for the sign.")
     step = values.abs().max() / (2 ** (num_bits - 1) - 1)
+    # A step of zero, from zeros or from underflow, would turn them into NaN.
     return torch.where(step > 0, (values / step).round() * step, values)
 
 
@@ -114,6 +115,7 @@ def compression_sums(gradients: Iterable[Tensor], compress: Compressor) -> Tenso
     total = torch.zeros(3, dtype=torch.float64)
     for gradient in gradients:
         values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        # A copy, because a compressor may work in place, and the gradient is still needed by the optimizer.
         compressed = compress(values.detach().clone())
         expect(
             compressed.shape == values.shape,
@@ -122,6 +124,8 @@ def compression_sums(gradients: Iterable[Tensor], compress: Compressor) -> Tenso
             tuple(compressed.shape),
             "Return what the receiver of the gradient would use.",
         )
+        # In float64: the error is a difference of nearly equal numbers, and its squares underflow in half precision.
+        # MPS has none.
         wide = torch.float32 if values.device.type == "mps" else torch.float64
         u, e = values.to(wide), compressed.to(wide) - values.to(wide)
         total += torch.stack([(u * u).sum(), (e * e).sum(), (u * e).sum()]).cpu().double()
@@ -150,6 +154,7 @@ def cosine(sums: Sequence[float]) -> float:
         0.894427
     """
     u2, e2, ue = sums
+    # ‖u + e‖² from the three sums; where e is nearly −u the terms cancel and rounding may leave less than zero.
     v2 = max(u2 + 2 * ue + e2, 0.0)
     lengths = math.sqrt(u2) * math.sqrt(v2)
     if lengths == 0:
@@ -196,6 +201,7 @@ def fit_error_model(
         (len(grad_sq), len(err_sq)),
         "Leave out what overflowed.",
     )
+    # The factor keeps a product such as 0.07·100, which is rounded up to 7.000000000000001, from covering one more.
     num_covered = math.ceil(quantile * len(p) * (1 - 1e-12))
     slopes = _slopes(p, q, num_covered, problem is not None)
     rest = (q - slopes[:, None] * p).kthvalue(num_covered, dim=1).values.clamp(min=0)
@@ -205,6 +211,7 @@ def fit_error_model(
 
 def _slopes(p: Tensor, q: Tensor, num_covered: int, with_pairs: bool) -> Tensor:
     """Squares of δ that can be best, smallest first."""
+    # A gradient of zero has no relative error; what it adds is covered by c.
     ratios = q[p > 0] / p[p > 0]
     if not with_pairs:
         covered = min(num_covered, len(ratios))
@@ -221,5 +228,6 @@ def _floors(slopes: Tensor, rest: Tensor, problem: BiasedSGDProblem | None) -> T
     if problem is None:
         return rest
     room = problem.m**2 - problem.m_tilde * slopes
+    # Beyond δ²·M21 = m the formula for small errors is too low, see `biased_sgd_floor`.
     holds = (room > 0) & (slopes * problem.m21 <= problem.m)
     return torch.where(holds, (rest + 2 * slopes * problem.G2) / room, math.inf)

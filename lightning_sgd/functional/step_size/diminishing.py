@@ -26,6 +26,7 @@ Theorem: TypeAlias = Literal["serial", "hogwild", "hogwild_nonconvex"]
 """Theorem 2 (no delay), 5 (delayed reads, convex samples), 6 (delayed reads, samples need not be convex)."""
 StepForm: TypeAlias = Literal["smooth", "doubling"]
 
+# Theorems 5 and 6 ask for 4 ≤ α_t at every step; Theorem 2 is about α = 2 alone.
 SMALLEST_ALPHA = 4.0
 
 
@@ -89,6 +90,7 @@ class DiminishingSteps:
         needed = required_offset(
             self.mu, self.L, self.alpha, self.theorem, self.num_filters, self.max_delay
         )
+        # The slack lets an offset pass that a user computed by the same formula in another order.
         if self.offset < needed * (1 - 1e-12):
             yield (
                 f"Theorem {self._number} needs `offset` ≥ {needed:g} here, got {self.offset:g}: "
@@ -183,6 +185,7 @@ def diminishing_steps(
         remedy = f"The default is {names[0]}."
         expect(choice in names, argument, f"one of {', '.join(names)}", choice, remedy)
     if alpha is None:
+        # The doubling form lies between α/2 and α, so it takes α = 8 to keep α_t ≥ 4.
         alpha = SMALLEST_ALPHA * (2 if form == "doubling" else 1) if theorem != "serial" else 2.0
     expect(math.isfinite(alpha) and alpha > 0, "alpha", "a positive number", alpha, "Leave it out.")
     counts = {
@@ -231,6 +234,7 @@ def diminishing_bound(
     expect(num_updates >= 0, "num_updates", "at least 0", num_updates, "Count optimizer steps.")
     for name, value in (("noise", noise), ("initial_sq_distance", initial_sq_distance)):
         expect(0 <= value < math.inf, name, "a number ≥ 0", value, "It is a mean of squares.")
+    # 2αL/μ for the α = 2 of Theorem 2.
     offset = 4 * L / mu
     # Written without a division by the noise, which may be zero.
     start = max(4 * L**2 * initial_sq_distance - offset * noise, 0.0)

@@ -167,6 +167,7 @@ def estimate_condition_numbers(
     finite = bool(x.isfinite().all())
     expect(finite, "features", "finite", Words("NaN or Inf"), "Clean or scale the data first.")
     found = _decompose(x, rtol)
+    # ⟨x_i, H⁺x_i⟩ = n·‖u_i‖², so κ̃ needs no inverse of H.
     leverages = found.u.square().sum(dim=1)
     return ConditionNumbers(
         L=found.norm_h,
@@ -209,6 +210,7 @@ def least_squares_constants(
     finite = bool(x.isfinite().all() and r.isfinite().all())
     remedy = "Leave out what overflowed."
     expect(finite, "features and residuals", "finite", Words("NaN or Inf"), remedy)
+    # `rtol` is about eigenvalues of H, which are squares of singular values of X.
     found = _decompose(x, None if rtol is None else math.sqrt(rtol))
     # Σ in the basis of the eigenvectors; the factors s keep small directions to full precision.
     s = found.eigenvalues.sqrt()
@@ -235,6 +237,7 @@ def constants_of_moments(
         (6.499, 7.5)
     """
     w, v = torch.linalg.eigh(second.double())
+    # Strictly, so that eigenvalues of zero go even for `rtol=0`.
     kept = rtol * w[-1] < w
     expect(bool(kept.any()), "second", "not zero", Words("only zeros"), _NOTHING)
     w, v = w[kept], v[:, kept]
@@ -293,6 +296,7 @@ def _second_moment(u: Tensor, weights: Tensor) -> Tensor:
 
 def _constants(w: Tensor, r2: float, noise: Tensor) -> LeastSquaresConstants:
     """Build the result from the eigenvalues of H, R², and Σ in the basis of the eigenvectors."""
+    # In the basis of the eigenvectors of H the Lyapunov equation falls apart into single numbers.
     solution = noise / (w[:, None] + w)  # HS + SH = Σ
     trace = float(solution.trace())
     largest = float(torch.linalg.eigvalsh(solution)[-1])
@@ -301,6 +305,7 @@ def _constants(w: Tensor, r2: float, noise: Tensor) -> LeastSquaresConstants:
         norm_h=float(w.max()),
         mu=float(w.min()),
         rho_m=len(w) * largest / trace if trace > 0 else 1.0,  # without noise it does not matter
+        # HS + SH = Σ times H⁻¹ has the trace 2·Tr(S) = Tr(H⁻¹Σ).
         sigma2_mle=2 * trace,
         rank=len(w),
     )
@@ -316,6 +321,7 @@ def _gather(
     collected: list[Tensor] = []
     missing = num_samples
     for batch in batches:
+        # Cut before it is kept, so that a large last batch costs no memory.
         rows = feature_map(batch)[:missing]
         collected.append(rows)
         missing -= len(rows)
