@@ -141,7 +141,7 @@ def warn_at_user_line(message: str, category: type[Warning] = UserWarning) -> No
 
 
 def _user_frame() -> FrameType:
-    """The innermost frame outside the libraries; the innermost outside this package if a thread has no such frame."""
+    """Find the innermost frame outside the libraries, or outside this package if a thread has no such frame."""
     caller = _innermost_outside(frozenset({"lightning_sgd"}))
     return _innermost_outside(_LIBRARIES, default=caller)
 

@@ -32,7 +32,7 @@ class SupportsErrorModel(Protocol):
     """What measures the error of gradients: :class:`~lightning_sgd.GradientErrorMonitor`."""
 
     def error_model(self) -> tuple[float, float] | None:
-        """The pair (δ, c); ``None`` before anything was measured."""
+        """Return the pair (δ, c); ``None`` before anything was measured."""
 
 
 class BiasedSGDLR(PlannedLR):
@@ -153,7 +153,7 @@ class BiasedSGDLR(PlannedLR):
         return self._choose()
 
     def state_dict(self) -> dict[str, Any]:
-        """Bound, error and settings; the monitor keeps its own state."""
+        """Return bound, error and settings; the monitor keeps its own state."""
         return {key: value for key, value in super().state_dict().items() if key != "monitor"}
 
     def _follow(self, used: float) -> None:

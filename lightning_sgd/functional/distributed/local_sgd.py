@@ -73,6 +73,7 @@ class PeriodSchedule:
             num_since: Steps since the last average, this one included.
         """
         period = self.period(step)
+        # Counted from the last average and not by the step modulo the period, because the period may change in between.
         return period is not None and num_since >= period
 
 
@@ -103,6 +104,7 @@ class RunningMean:
         """Update the mean by one more model, of the same shapes."""
         self.count += 1
         wide = [x.to(mean.dtype) for x, mean in zip(tensors, self.values, strict=True)]
+        # Not a sum, which grows and loses digits; weight one takes the first model over exactly.
         torch._foreach_lerp_(self.values, wide, 1 / self.count)
 
     def state_dict(self) -> dict[str, Any]:

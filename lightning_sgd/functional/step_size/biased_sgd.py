@@ -139,7 +139,7 @@ class BiasedSGDProblem:
         return self.m11 + 2 * self.m * self.m21
 
     def squared_gradient(self, U: float) -> float:
-        """The largest mean squared gradient at mean squared distance U that the closed form reckons with [P].
+        """Bound the mean squared gradient at mean squared distance U, as the closed form does [P].
 
         Args:
             U: Mean squared distance from the optimum.
@@ -171,7 +171,7 @@ class StepBound:
 def biased_sgd_step_bound(
     problem: BiasedSGDProblem, alpha: float, U: float, delta: float = 0.0, c: float = 0.0
 ) -> StepBound:
-    """The smallest bound on the squared distance after one step that the assumptions prove.
+    """Compute the smallest bound on the squared distance after one step that the assumptions prove.
 
     Args:
         problem: What is known about the objective.
@@ -229,7 +229,7 @@ class Step:
 
     @property
     def best_excess(self) -> float:
-        """S − 1 at its best, if ν may have any sign."""
+        """The best s − 1 if ν may have any sign."""
         if self.added == 0:
             return 0.0
         return (
@@ -239,16 +239,16 @@ class Step:
         )
 
     def lam(self, excess: float) -> float:
-        """λ before it may have to grow."""
+        """Return λ before it may have to grow."""
         stretch = self.delta**2 / excess if self.delta and excess else 0.0
         return self.alpha**2 * (1 + excess) * (1 + stretch)
 
     def slope(self, excess: float) -> float:
-        """ν, which must not be negative."""
+        """Return ν, which must not be negative."""
         return self.alpha * (1 + excess) - self.lam(excess) * self.problem.m21
 
     def value(self, excess: float) -> float:
-        """The bound that this s proves."""
+        """Return the bound that this s proves."""
         problem, lam, nu = self.problem, self.lam(excess), self.slope(excess)
         total = self.U * (1 + excess + lam * problem.m11) + 2 * lam * problem.G2
         total += self._zeta(excess) * self.c**2 if self.c and excess else 0.0
@@ -259,7 +259,7 @@ class Step:
         return total - 2 * nu * (problem.m21 * self.U + math.sqrt(self.U * self._growth))
 
     def bound(self, excess: float, value: float, branch: Branch) -> StepBound:
-        """The bound with its weights."""
+        """Return the bound with its weights."""
         problem, lam, nu = self.problem, self.lam(excess), self.slope(excess)
         s, zeta = 1 + excess, self._zeta(excess)
         if nu >= 0:
@@ -274,7 +274,7 @@ class Step:
         return StepBound(value, rho2, 0.0, lam, zeta, branch)
 
     def bracket(self, excess: float) -> tuple[float, float]:
-        """Logarithms between which the best s − 1 lies if ν would be negative at ``excess``."""
+        """Return the logarithms between which the best s − 1 lies if ν would be negative at ``excess``."""
         # ν = α·s·(1 − α·M21·(1 + δ²/(s − 1))): for α·M21 ≥ 1 it is negative for every s, so nothing limits the search.
         room = 1 - self.alpha * self.problem.m21
         if room <= 1e-9:
@@ -292,7 +292,7 @@ class Step:
 
 
 def golden(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function with a single valley is lowest, by golden section.
+    """Find where a function with a single minimum is lowest, by golden-section search.
 
     Args:
         function: The function.

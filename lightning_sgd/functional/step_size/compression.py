@@ -101,7 +101,7 @@ def compressor(name: CompressorName, topk_fraction: float = 0.01) -> Compressor:
 
 
 def compression_sums(gradients: Iterable[Tensor], compress: Compressor) -> Tensor:
-    """Squared norm of the gradients, of the error, and inner product of the two; float64, shape (3,).
+    """Sum up the squared norms of gradients and errors and their inner product; float64, shape (3,).
 
     Sums over tensors and over shards of tensors add up.
 

@@ -76,7 +76,7 @@ class LeastSquaresConstants:
 
 
 def critical_batch_size(constants: LeastSquaresConstants, *, well_specified: bool = False) -> float:
-    r"""The batch size up to which the step may grow nearly as fast as the batch: :math:`1 + \rho R^2/\|H\|`.
+    r"""Compute the batch size up to which the step may grow nearly as fast as the batch: :math:`1 + \rho R^2/\|H\|`.
 
     Below it, b times the batch takes nearly b times fewer steps; above it the step stands still, and a larger batch
     only averages noise that a tail average or a smaller step would remove as well.
@@ -98,7 +98,7 @@ def critical_batch_size(constants: LeastSquaresConstants, *, well_specified: boo
 def max_learning_rate(
     constants: LeastSquaresConstants, batch_size: int, *, well_specified: bool = False
 ) -> float:
-    r"""The largest step of mini-batch SGD at the optimal rate: :math:`2b / (R^2\rho + (b - 1)\|H\|)`.
+    r"""Compute the largest step of mini-batch SGD at the optimal rate: :math:`2b / (R^2\rho + (b - 1)\|H\|)`.
 
     The theorems take half of it. It is for the loss ½(y − ⟨w, x⟩)², averaged over the batch, without momentum.
 
