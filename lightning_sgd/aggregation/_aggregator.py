@@ -106,6 +106,7 @@ class Aggregator(ABC):
         rows = check_rows(rows)
         kept, num_byzantine = self.keep(squared_row_norms(rows))
         if len(kept) < len(rows):
+            # A list of views: indexing the matrix would copy all rows.
             rows = [rows[index] for index in kept]
         if self.uses_previous_output:
             rows = [*rows, self._previous_or_zeros(rows[0])]
@@ -203,6 +204,7 @@ class Aggregator(ABC):
 
     def _on_all_rows(self, matrix: Tensor) -> Tensor:
         """Return the mean share of each row, with zeros for dropped rows and without the previous output."""
+        # A matrix of several rows is reduced coordinate by coordinate afterwards, so only mean shares are known.
         shares = matrix.mean(dim=0)
         if self._kept is None:
             return shares

@@ -67,8 +67,11 @@ class CenteredClipping(GramRule):
         shares = self._shares(n)
         for _ in range(self.num_iterations):
             distances = distances_from(gram, a)[:n]
+            # While faulty rows are fewer than half, they cannot move the median out of the range of the honest
+            # distances.
             radius = float(distances.quantile(0.5)) if self.radius == "auto" else self.radius
             pull = shares * torch.where(distances > radius, radius / distances, 1.0)
+            # v + Σ pᵢ(xᵢ − v), written as weights on v and on the rows.
             a = (1 - pull.sum()) * a
             a[:n] += pull
         return a

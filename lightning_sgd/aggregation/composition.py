@@ -106,6 +106,7 @@ def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
         return node.id, {}
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
         raise ValueError
+    # Literals only: a string in a configuration file must not run code.
     return node.func.id, {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
 
 

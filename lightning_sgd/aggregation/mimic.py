@@ -57,6 +57,7 @@ class Mimic(Attack):
         if self.mean is None or self.direction is None:
             drawn = torch.randn(honest.shape[1], generator=generator, device=generator.device)
             self.mean, self.direction = torch.zeros_like(honest[0]), drawn.to(honest)
+        # Running means with weight 1/t, which start from the first rows alone.
         self.mean = torch.lerp(self.mean, honest.mean(dim=0), share)
         centred = honest - self.mean
         image = centred.mT @ (centred @ self.direction)

@@ -116,7 +116,7 @@ class PlannedLR(LRScheduler):
         return self._shared_out(self.plan())
 
     def _adopt_new_groups(self) -> None:
-        """Include groups that were added to the optimizer later, as fine-tuning callbacks do when layers are unfrozen."""
+        """Include groups that were added to the optimizer later, as fine-tuning callbacks do."""
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
             # The key is torch's: schedulers that are built later read it, too.
             self.base_lrs.append(group.setdefault("initial_lr", float(group["lr"])))

@@ -91,6 +91,7 @@ def direction_tests(
         >>> found.rejected > 0.9, found.limit < 0.2, found.p_value
         (True, True, 0.01)
     """
+    # Exactly equal, as of a dead unit: tests are not defined there, and their NaN would count as accepted.
     varies = (projections != projections[:, :1]).any(dim=1)
     usable, num_constant = _scaled(projections[varies]), int((~varies).sum())
     if not len(usable) or not bool(usable.isfinite().all()):
@@ -138,6 +139,7 @@ def _gaussian_like(
 ) -> Iterator[Tensor]:
     """Yield sets of projections (b, R, m) of Gaussian vectors with the covariance of these, which are centred."""
     num = projections.shape[1]
+    # Normal numbers are drawn set after set, so the size of a batch does not change them.
     batch = max(1, BATCH // projections.numel())
     for begin in range(0, num_sets, batch):
         size = min(batch, num_sets - begin)

@@ -223,6 +223,7 @@ def _by_layer(
 def _share(projections: Tensor, test: TestName, level: float) -> float:
     """Return the share of rejected directions, NaN if there is no noise."""
     p_value = TESTS[test](projections).p_value
+    # Constant directions have no p-value.
     usable = p_value[p_value.isfinite()]
     return float((usable < level).double().mean())
 

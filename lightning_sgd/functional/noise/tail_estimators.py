@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect
 
+# Computed anew with SciPy for symmetric laws, to more digits than McCulloch's table of 1986 has.
 _QUANTILE_RATIOS = {
     2.0: 2.4387,
     1.9: 2.5128,
@@ -164,6 +165,7 @@ def ecf_tail_index(samples: Tensor, arguments: tuple[float, float] = (0.2, 1.0))
     is_pair = first > 0 and second > 0 and first != second
     expect(is_pair, "arguments", "two different positive numbers", arguments, "Try (0.2, 1).")
     flat = samples.detach().flatten().double()
+    # The median: a heavy tail has no standard deviation to scale by.
     scale = flat.abs().median()
     decays = [
         float(torch.exp(1j * t * flat / scale).mean().abs().log().neg()) for t in (first, second)

@@ -95,11 +95,13 @@ def log_moment_tail_index(
     # Subtracting the mean of the same samples makes sums too small, hence α too large.
     blocks = (flat - flat.mean() if center else flat)[: flat.numel() // length * length]
     blocks = blocks.view(-1, length)
+    # The authors' code adds 2.2e-16 inside of the logarithms instead, which makes the index depend on the scale.
     logs, nonzero = _logs(blocks)
     sums, filled = _logs(blocks.sum(1))
     # Each mean over the values that are not zero, which may be different numbers of them.
     growth = sums.sum() / filled.sum() - logs.sum() / nonzero.sum()
     usable = filled & nonzero.any(1)
+    # The spread over blocks and not the formula for independent stable samples, which gradients are not.
     each = sums[usable] - (logs.sum(1) / nonzero.sum(1))[usable]
     spread = float(each.std() / math.sqrt(len(each))) if len(each) > 1 else math.nan
     alpha, error = _inverse(float(growth) / math.log(length), spread / math.log(length))
@@ -265,6 +267,7 @@ class LadderFit:
         slope, error = self.combine(self.slope_weights())
         if not (math.isfinite(slope) and math.isfinite(error)):
             return "undecided"
+        # The slope is 1/α: above ½ the index is below 2.
         if slope - SIGMAS * error > 0.5 and self._is_flat():
             return "stable"
         high, spread = self.combine(self.slope_weights(self.sums.levels // 2))
@@ -278,6 +281,7 @@ class LadderFit:
         if rank == 0 or num_blocks <= rank + 1:
             return False
         gaps, spread = local @ self.means, local @ self.covariance @ local.mT
+        # The covariance is of rank blocks − 1 at most, and of less where levels depend on each other.
         squared = float(gaps @ torch.linalg.pinv(spread, hermitian=True) @ gaps)
         den = num_blocks - rank
         return _f_survival(squared * den / (rank * (num_blocks - 1)), rank, den) >= FLAT_P

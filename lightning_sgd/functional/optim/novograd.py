@@ -115,7 +115,7 @@ def novograd_coefficients_(
     # The norm is that of the gradient alone: decay comes after the normalization, so it does not disturb the
     # statistics.
     squares = squared_norms(grads, second_moments.dtype)
-    # Not the first step but the first gradient other than zero: from v = 0 it would give a step 1/√(1 − β₂) times too long.
+    # Not the first step but the first gradient other than zero: from v = 0 a step is 1/√(1 − β₂) times too long.
     # A comparison on the device, because an `if` would wait for it.
     first = second_moments == 0
     # In this form, unlike in β₂v + (1 − β₂)‖g‖², an overflow becomes NaN at the next step and is seen.
