@@ -51,7 +51,7 @@ class Words(str):
     __slots__ = ()
 
     def __repr__(self) -> str:
-        """The bare text."""
+        """Return the bare text."""
         return str(self)
 
 

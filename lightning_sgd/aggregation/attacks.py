@@ -174,4 +174,5 @@ class OptimalFactor(Attack):
 
 def _deviation(honest: Tensor) -> Tensor:
     """Return the standard deviation of each column, dividing by one less than the number of rows."""
+    # One row has no deviation; torch would give NaN, and the attack would be one of NaN.
     return honest.std(dim=0) if len(honest) > 1 else torch.zeros_like(honest[0])

@@ -33,6 +33,7 @@ RULES: dict[str, tuple[Callable[..., Aggregator], dict[str, object]]] = {
     "mda": (MDA, {}),
     "smea": (SMEA, {}),
     "geomed": (GeometricMedian, {}),
+    # The settings of byzfl; the authors' code takes four steps and 1e-5.
     "rfa": (GeometricMedian, {"smoothing": 0.1, "num_iterations": 3, "start": "zero"}),
     "cclip": (CenteredClipping, {}),
     "faba": (FABA, {}),

@@ -35,6 +35,7 @@ class Mimic(Attack):
         remedy = "0 copies one worker throughout."
         expect(num_warmup_steps >= 0, "num_warmup_steps", "not negative", num_warmup_steps, remedy)
         self.worker, self.num_warmup_steps = worker, num_warmup_steps
+        # The direction of largest spread needs whole rows; copying one can be done by columns.
         self.scope = "rows" if num_warmup_steps else "columns"
         self.num_calls = 0
         self.mean: Tensor | None = None

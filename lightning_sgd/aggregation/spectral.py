@@ -86,6 +86,7 @@ class SpectralFilter(GramRule):
     def weights(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Return the share of each row after filtering."""
         masses = self._shares(len(gram))
+        # Ranks decide by the same number, so it comes from a seed and the number of the call.
         uniform = self.draws.next_uniform() if self.mode == "hard" else None
         floor = self._floor(gram, num_byzantine, float(masses.max()))
         found = spectral_filter(gram, num_byzantine, floor, masses=masses, uniform=uniform)
@@ -169,6 +170,7 @@ class DnC(GramRule):
         n = len(gram)
         weights = torch.full((n,), 1 / n, dtype=gram.dtype)
         reach = largest_spread(gram, weights).projections
+        # Of the rows that are left: those dropped before count as faulty ones that have been found.
         num_removed = int(self.filter_fraction * num_byzantine)
         weights[reach.argsort(stable=True)[n - num_removed :]] = 0.0
         return weights / weights.sum()

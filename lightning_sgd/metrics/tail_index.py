@@ -60,6 +60,7 @@ class TailIndex(ScalarMetric):
         known = ("pooled", "coordinate")
         expect(mode in known, "mode", "'pooled' or 'coordinate'", mode, "Choose one of them.")
         self.mode = mode
+        # A fixed number, unlike in the function: the length of the sequence is not known in advance.
         self.levels = {"pooled": 8, "coordinate": 2}[mode] if levels is None else levels
         remedy = "A block has 2^levels samples."
         expect(1 <= self.levels <= 30, "levels", "between 1 and 30", levels, remedy)
@@ -97,6 +98,7 @@ class TailIndex(ScalarMetric):
             remedy = "Give each gradient a row."
             shape = tuple(samples.shape)
             expect(samples.ndim == 2, "samples", "of shape (samples, coordinates)", shape, remedy)
+        # In front of the new samples, so that it does not matter how a sequence is cut into updates.
         return torch.cat([*(rest.to(samples) for rest in self.rest), samples])
 
     def _ladder(self, samples: Tensor) -> tuple[LadderSums, Tensor]:

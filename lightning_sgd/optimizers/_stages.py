@@ -110,7 +110,7 @@ class StagedOptimizer(GroupwiseOptimizer):
             group["stage"] += group["position"] == 0
 
     def _move_anchors(self, group: ParamGroup, params: list[Tensor], anchors: list[Tensor]) -> None:
-        """Put the anchors of this stage where they are not yet."""
+        """Set the anchors that this stage does not have yet."""
         stage = group["stage"]
         # A parameter whose first gradient comes within a stage gets its anchor then. In the authors' code it would be
         # pulled towards zeros until the next stage.

@@ -148,7 +148,7 @@ def scalar_states(optimizer: Optimizer, params: list[Tensor], name: str) -> list
 
 
 def scalar_buffer(optimizer: Optimizer, params: list[Tensor], name: str) -> Tensor:
-    """:func:`scalar_states` as one tensor, of which the states are views: to change it is to change them.
+    """Return :func:`scalar_states` as one tensor, of which the states are views: to change it is to change them.
 
     States that are not yet, or no longer, neighbours in memory are moved.
 

@@ -99,6 +99,7 @@ class MaSS(GroupwiseOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 0.1,
+        # The authors' class has κ̃ = 12, which is nearly plain SGD; their script for ResNet-32 has 2.
         alpha: float = 0.05,
         kappa_tilde: float = 2.0,
         *,

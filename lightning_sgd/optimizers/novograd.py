@@ -106,6 +106,7 @@ class NovoGrad(GroupwiseOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 0.01,
+        # Of OpenSeq2Seq, the code of the paper's authors; other packages have other defaults.
         betas: tuple[float, float] = (0.95, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -153,6 +154,7 @@ class NovoGrad(GroupwiseOptimizer):
         decoupled = group["decoupled_weight_decay"] or group["variant"] == "apex"
         decay = group["weight_decay"]
         beta1, beta2 = group["betas"]
+        # Made anew in every step, because a schedule may change any setting of a group.
         settings = NovoGradSettings(
             beta1=beta1,
             beta2=beta2,
@@ -171,6 +173,7 @@ class NovoGrad(GroupwiseOptimizer):
                 grads,
                 scalar_buffer(self, params, "second_moment"),
                 scalar_buffer(self, params, "max_second_moment") if group["amsgrad"] else None,
+                # The other forms correct no bias, and so need no count.
                 self._count(params) if group["variant"] == "apex" else None,
                 settings,
             )

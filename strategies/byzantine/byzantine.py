@@ -194,7 +194,10 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
                 f"{self.rule.num_byzantine} of {self.num_workers} workers may be wrong. The proofs of the spectral "
                 "filter hold up to a third if all data are alike, and up to a quarter if they are not."
             )
+        # With a GradScaler a row that is not finite may be an overflow, for which there must be no result: the scaler
+        # has to see it and lower its factor.
         drops_more = self.nonfinite == "drop" and not self.has_scaler
+        # A rule of its own for each optimizer, because rules keep a state from step to step.
         self._sharded = [ShardedRule(copy.deepcopy(self.rule), drops_more) for _ in self.replicas]
         self.momenta, self._has_warned = WorkerMomentum(self.momenta.beta), False
         self.simulated_attack = self._make_attack()
@@ -203,6 +206,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
     def _make_attack(self) -> SimulatedAttack | None:
         if self.attack is None:
             return None
+        # On one device micro-batches attack, otherwise ranks with all of theirs.
         count = self.num_workers if self.workers == "micro_batch" else self.num_ranks
         known = all(0 <= rank < count for rank in self.byzantine_ranks)
         remedy = "They count from 0."
@@ -215,6 +219,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         if self.workers == "rank":
             return
         batches, k = self._trainer.num_training_batches, self._accumulation
+        # The last group of an epoch is smaller unless k divides the number of batches.
         rest = 0 if batches == float("inf") else int(batches) % k
         enough = rest == 0 or self._is_enough(rest * self.num_ranks)
         remedy = f"Set limit_train_batches to a multiple of {k}."
@@ -240,6 +245,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
 
     def prepare(self, replica: GradientReplica, rows: Tensor) -> Tensor:
         """Return the momentum of each worker instead of its gradient, or what an attacker sends."""
+        # Before the attack: an attacker replaces what the worker would have sent.
         rows = self.momenta.update(replica, rows) if self.momenta.beta else rows
         if self.simulated_attack is None:
             return rows
@@ -259,6 +265,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
             self._raise_or_warn(plan, replica.num_steps)
             return None
         self._warn_of_dropped(sharded.report)
+        # Kept for the audit, which carries it out on another shard.
         self._plan = plan
         shard = sharded.carry_out(plan, columns, previous)
         if self._measures_distances:
@@ -292,6 +299,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
     ) -> None:
         squares = squared_distances_from(columns, shard)
         if self.exchange is not None:
+            # Squares add up over shards, distances do not: the root comes last.
             squares = self.exchange.all_reduce_sum(squares, Purpose.GRADIENTS, step)
         sharded.report = replace(sharded.report, distances=squares.sqrt())
 
@@ -299,6 +307,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         """Audit the result if a period has ended."""
         step, sharded = replica.num_steps, self._sharded[replica.index]
         if self.audit_every and self.audit is not None and (step + 1) % self.audit_every == 0:
+            # By the step and not by a counter: a resumed run audits the same pairs.
             number = (step + 1) // self.audit_every - 1
             result = self.audit(number, rows, result, partial(self._recompute, replica), step)
             self.agree()

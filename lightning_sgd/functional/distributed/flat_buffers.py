@@ -103,7 +103,7 @@ def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         tensor(7.)
     """
     pairs = zip(tensors, others, strict=False)
-    # A norm of norms: no copy of the whole model, and squares that overflow are avoided.
+    # A norm of norms: the difference of two whole models is never in memory at once.
     norms = [torch.linalg.vector_norm(real(x) - real(y)) for x, y in pairs]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total

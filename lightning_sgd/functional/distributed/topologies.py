@@ -127,6 +127,7 @@ class Torus(Topology):
         return _evenly({rank, *vertical, *horizontal})
 
     def _sides(self, num_ranks: int) -> tuple[int, ...]:
+        # Below three rows or columns both neighbours of a rank would be the same.
         heights = range(3, num_ranks // 3 + 1) if self.rows is None else (self.rows,)
         sides = [(h, num_ranks // h) for h in heights if h >= 3 and num_ranks % h == 0]
         fitting = [(h, w) for h, w in sides if w >= 3]
@@ -238,6 +239,8 @@ class FromGraph(Topology):
         if not hasattr(graph, "edges"):
             graph = _networkx(graph)
         nodes = list(graph.nodes)
+        # networkx lists nodes in the order in which edges name them; numbered ones are to be the ranks of these
+        # numbers.
         order = sorted(nodes) if set(nodes) == set(range(len(nodes))) else nodes
         ranks = {node: rank for rank, node in enumerate(order)}
         self.num_nodes, self.is_directed = len(order), bool(graph.is_directed())

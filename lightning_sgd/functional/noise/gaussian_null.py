@@ -139,7 +139,6 @@ def _gaussian_like(
 ) -> Iterator[Tensor]:
     """Yield sets of projections (b, R, m) of Gaussian vectors with the covariance of these, which are centred."""
     num = projections.shape[1]
-    # Normal numbers are drawn set after set, so the size of a batch does not change them.
     batch = max(1, BATCH // projections.numel())
     for begin in range(0, num_sets, batch):
         size = min(batch, num_sets - begin)

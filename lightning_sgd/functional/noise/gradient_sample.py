@@ -63,6 +63,7 @@ class Columns(ABC):
             tensors: One tensor for each parameter, in order.
         """
         parts = [self.part(number, tensor) for number, tensor in enumerate(tensors)]
+        # One type for a row, although parameters may have several.
         wide = wide_dtype(parts)
         return torch.cat([part.to(wide) for part in parts])
 

@@ -281,7 +281,7 @@ class LadderFit:
         if rank == 0 or num_blocks <= rank + 1:
             return False
         gaps, spread = local @ self.means, local @ self.covariance @ local.mT
-        # The covariance is of rank blocks − 1 at most, and of less where levels depend on each other.
+        # A pseudo-inverse, because the covariance is singular for samples that are all alike.
         squared = float(gaps @ torch.linalg.pinv(spread, hermitian=True) @ gaps)
         den = num_blocks - rank
         return _f_survival(squared * den / (rank * (num_blocks - 1)), rank, den) >= FLAT_P

@@ -148,7 +148,10 @@ def mass_foreach_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """:func:`mass_for_loop_` on whole lists of one device and dtype: the same operations in the same order."""
+    """Make the step of :func:`mass_for_loop_` on whole lists: the same operations in the same order.
+
+    The tensors of a list are of one device and dtype.
+    """
     if maximize:
         grads = list(torch._foreach_neg(grads))
     if weight_decay:
@@ -173,7 +176,7 @@ def mass_fused_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """:func:`mass_for_loop_` as one call of torch's fused Nesterov kernel, for γ > 0.
+    """Make the step of :func:`mass_for_loop_` as one call of torch's fused Nesterov kernel, for γ > 0.
 
     The public ``torch.optim.SGD`` refuses Nesterov together with dampening; the kernel behind it does not.
     Ask :func:`fused_mass_works` first: the kernel is private API.

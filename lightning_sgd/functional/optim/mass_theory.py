@@ -80,7 +80,7 @@ def mass_hyperparameters(
     # SGD never moves along directions with eigenvalue zero, so they do not slow it down either.
     expect(0 < mu <= L, "mu", f"in (0, L] = (0, {L:g}]", mu, "Leave zero eigenvalues out.")
     expect(batch_size >= 1, "batch_size", "at least 1", batch_size, "Count samples per step.")
-    # The form (1 − 1/m)·L stays exact for m = 1, where L_m is L₁ and κ̃_m is κ̃.
+    # For m = 1 these are L₁ and κ̃ themselves, without rounding.
     L_m = L1 / batch_size + (1 - 1 / batch_size) * L
     kappa_m = L_m / mu
     kappa_tilde_m = kappa_tilde / batch_size + (1 - 1 / batch_size)

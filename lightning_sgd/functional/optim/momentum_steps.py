@@ -78,7 +78,10 @@ def sgd_foreach_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """:func:`sgd_for_loop_` on whole lists of one device and dtype: the same operations in the same order."""
+    """Make the step of :func:`sgd_for_loop_` on whole lists: the same operations in the same order.
+
+    The tensors of a list are of one device and dtype.
+    """
     if weight_decay:
         grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
     torch._foreach_mul_(momenta, momentum)
@@ -98,7 +101,7 @@ def sgd_fused_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """:func:`sgd_for_loop_` as one call of torch's kernel, which is private API: ask :func:`fused_sgd_works` first."""
+    """Make the step of :func:`sgd_for_loop_` as one call of torch's kernel, if :func:`fused_sgd_works`."""
     torch._fused_sgd_(
         params,
         grads,
@@ -167,7 +170,10 @@ def adam_foreach_(
     lr: float | Tensor,
     settings: AdamSettings,
 ) -> None:
-    """:func:`adam_for_loop_` on whole lists of one device and dtype: the same operations in the same order."""
+    """Make the step of :func:`adam_for_loop_` on whole lists: the same operations in the same order.
+
+    The tensors of a list are of one device and dtype.
+    """
     if settings.weight_decay:
         grads = list(torch._foreach_add(grads, params, alpha=settings.weight_decay))
     torch._foreach_lerp_(averages, grads, 1 - settings.beta1)
@@ -198,7 +204,7 @@ def adam_fused_(
     lr: float | Tensor,
     settings: AdamSettings,
 ) -> None:
-    """:func:`adam_for_loop_` as one call of torch's kernel for all parameters with equal numbers of steps.
+    """Make the step of :func:`adam_for_loop_` by one call of torch's kernel for each number of steps.
 
     The kernel adds ε after the correction of the bias, hence ε divided by its root. It is private API: ask
     :func:`fused_adam_works` first.

@@ -202,7 +202,10 @@ def novograd_foreach_(
     settings: NovoGradSettings,
     maximize: bool = False,
 ) -> None:
-    """:func:`novograd_for_loop_` on whole lists of one device and dtype: the same operations in the same order."""
+    """Make the step of :func:`novograd_for_loop_` on whole lists: the same operations in the same order.
+
+    The tensors of a list are of one device and dtype.
+    """
     num, decay, step = len(params), coefficients.decay, coefficients.step
     torch._foreach_mul_(momenta, settings.beta1)
     if isinstance(decay, Tensor):
@@ -228,7 +231,7 @@ def novograd_fused_(
     settings: NovoGradSettings,
     maximize: bool = False,
 ) -> None:
-    """:func:`novograd_for_loop_` by torch's fused kernel of SGD with momentum, for β₁ > 0.
+    """Make the step of :func:`novograd_for_loop_` by torch's fused kernel of SGD with momentum, for β₁ > 0.
 
     On the CPU the kernel runs tensor by tensor, with :math:`1 - a` as dampening and :math:`b/a` as weight decay. Small
     tensors of equal shapes go through it together, with copies of their gradients, times a. Other devices, which must
@@ -262,7 +265,7 @@ def novograd_fused_without_waiting_(
     settings: NovoGradSettings,
     maximize: bool = False,
 ) -> None:
-    """:func:`novograd_fused_` in one call of the kernel; the settings must be uniform.
+    """Make the step of :func:`novograd_fused_` in one call of the kernel; the settings must be uniform.
 
     The gradients enter the momenta beforehand, divided by β₁, which the kernel multiplies with. In their place the
     kernel gets the parameters, times b.

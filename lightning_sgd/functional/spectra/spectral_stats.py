@@ -99,6 +99,7 @@ class SpectralMeasures:
         # Many small σ add up in the measures of Σσ, and the last share of Σσ² is spread over the whole tail.
         needed = {
             "rank": min(self.tol),
+            # Zero asks for the most accurate way there is.
             "hard_rank": 0.0,
             "energy_rank": math.sqrt((1 - max(self.eta)) / 1000),
             "effective_rank": 1e-6 if self.power == 1 else 1e-3,
@@ -110,6 +111,7 @@ class SpectralMeasures:
     def of(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
         """Measure matrices of any sizes, as ``spectral_stats_of``."""
         limits: list[Tensor] = []
+        # A generator can be read only once, so limits are collected while its matrices pass.
         watched = self._watch(matrices, limits)
         if self.method == "cheap":
             norms = [torch.stack(norms) for norms in self._norms(watched)]
@@ -139,6 +141,7 @@ class SpectralMeasures:
             yield matrix
 
     def _norms(self, matrices: Iterable[Tensor]) -> list[SchattenNorms]:
+        # Only the participation ratio needs Σσ⁴, hence a Gram matrix.
         with_gram = not set(self.measures) <= set(CHEAPEST)
         return schatten_norms(matrices) if with_gram else extreme_norms(matrices)
 

@@ -210,7 +210,7 @@ def fit_error_model(
 
 
 def _slopes(p: Tensor, q: Tensor, num_covered: int, with_pairs: bool) -> Tensor:
-    """Squares of δ that can be best, smallest first."""
+    """List the squares of δ that can be best, smallest first."""
     # A gradient of zero has no relative error; what it adds is covered by c.
     ratios = q[p > 0] / p[p > 0]
     if not with_pairs:
@@ -224,7 +224,7 @@ def _slopes(p: Tensor, q: Tensor, num_covered: int, with_pairs: bool) -> Tensor:
 
 
 def _floors(slopes: Tensor, rest: Tensor, problem: BiasedSGDProblem | None) -> Tensor:
-    """Floor for every pair of squares of δ and c; infinite where the formula does not hold."""
+    """Compute the floor for every pair of squares of δ and c; infinite where the formula does not hold."""
     if problem is None:
         return rest
     room = problem.m**2 - problem.m_tilde * slopes

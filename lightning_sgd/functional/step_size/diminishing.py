@@ -98,6 +98,7 @@ class DiminishingSteps:
             )
 
     def _violations_of_theorem_2(self) -> Iterator[str]:
+        # Steps of 1/t with another factor still converge by Theorem 1, but it gives no rate.
         if self.alpha != 2:
             yield (
                 f"Theorem 2 is about `alpha` = 2, got {self.alpha:g}, for which only convergence without a rate "

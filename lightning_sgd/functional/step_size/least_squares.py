@@ -282,7 +282,7 @@ def _decompose(x: Tensor, rtol: float | None) -> _Decomposition:
 
 
 def _precision(x: Tensor) -> float:
-    """Share of the largest singular value below which rounding makes singular values out of nothing."""
+    """Return the share of the largest singular value below which a singular value may be rounding alone."""
     stored = x.dtype if x.is_floating_point() else torch.double
     # NumPy's rule for the arithmetic behind the features, which is no less precise than float32. Rounding the result
     # to a narrower type moves singular values by at most ε‖X‖_F/2 ≤ ε·√min(n, d)·σ₁.
