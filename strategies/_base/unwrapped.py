@@ -49,7 +49,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sgd._run_log import announce, log_metrics, logger_names
-from lightning_sgd._validation import Words, expect, warn_no_effect
+from lightning_sgd._validation import (
+    Words,
+    expect,
+    expect_one_of,
+    expect_whole,
+    plain_number,
+    warn_no_effect,
+)
 from lightning_sgd.functional.distributed.traffic import Traffic, all_reduce_traffic
 from lightning_sgd.strategies._base.agreement import verify_equal_weights
 from lightning_sgd.strategies._base.common_model import CommonModel
@@ -109,16 +116,14 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
         timeout: timedelta,
         start_method: StartMethod,
     ) -> None:
+        expect_one_of(initial_weights, InitialWeights, "initial_weights")
+        expect_one_of(start_method, StartMethod, "start_method")
         super().__init__(
             process_group_backend=process_group_backend, timeout=timeout, start_method=start_method
         )
-        expect(
-            sigterm_every_n_batches >= 0,
-            "sigterm_every_n_batches",
-            "at least 0",
-            sigterm_every_n_batches,
-            "1 is Lightning's behaviour, 0 means never.",
-        )
+        sigterm_every_n_batches = plain_number(sigterm_every_n_batches)
+        remedy = "1 is Lightning's behaviour, 0 means never."
+        expect_whole(sigterm_every_n_batches, 0, "sigterm_every_n_batches", remedy)
         self.initial_weights = initial_weights
         self.sigterm_every_n_batches = sigterm_every_n_batches
         self.exchange = None
