@@ -96,6 +96,7 @@ class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
         return MeanModel(
             self.exchange,
             self.optimizers,
+            [p for p in self._module.parameters() if p.is_floating_point() or p.is_complex()],
             [buffer for buffer in self._module.buffers() if buffer.is_floating_point()],
             self.model_to_average,
             self.buffer_policy,
