@@ -142,7 +142,7 @@ class MeanModel(CommonModel):
         self.model_to_average = model_to_average
         self.buffer_policy, self.state_policy = buffer_policy, state_policy
         # In float64: buffers that never change, such as the mean and scale of inputs, must keep every bit.
-        self._buffers = FlatBuffers(buffers, exact=True) if buffers else None
+        self._buffers = FlatBuffers(buffers, exact=True) if buffers and exchange else None
         self._buffers_diverged = False
         self._parameters = unique(parameters)
         self._has_trained = False

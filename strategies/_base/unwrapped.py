@@ -46,6 +46,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_sgd._run_log import announce, log_metrics, logger_names
@@ -222,7 +223,10 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
         ranks = (
             "1 rank, nothing to exchange" if self.exchange is None else f"{self.num_ranks} ranks"
         )
-        size = format_bytes(sum(replica.num_bytes for replica in self.replicas))
+        if any(is_lazy(tensor) for replica in self.replicas for tensor in replica.tensors):
+            size = "a number of bytes, known after the first batch,"
+        else:
+            size = format_bytes(sum(replica.num_bytes for replica in self.replicas))
         if self.exchange is None:
             return f"{ranks}, {size} of {self.exchanged}, {self.describe()}"
         prefixes = dict.fromkeys(f"{key.split('/')[0]}/*" for key in self.metric_keys)
