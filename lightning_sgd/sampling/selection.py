@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least
 from lightning_sgd.functional.sampling.batch_selection import (
     draw_rows,
     keep_by_percentile,
@@ -229,9 +229,8 @@ class InBatchSelection(Selection):
         floor: float = 0.0,
         num_history: int = 1024,
     ) -> None:
-        rules = ("quantile", "percentile", "top")
         expect(0 < keep <= 1, "keep", "in (0, 1]", keep, "It is a share of the batch.")
-        expect(rule in rules, "rule", f"one of {', '.join(rules)}", rule, "Choose one of them.")
+        expect_one_of(rule, SelectionRule, "rule")
         expect(
             0 <= start <= end <= 1, "start, end", "0 ≤ start ≤ end ≤ 1", (start, end), "Try 0, 1."
         )
