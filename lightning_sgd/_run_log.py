@@ -81,7 +81,7 @@ def record_figure(trainer: Trainer, key: str, file: Path) -> None:
 
 
 def _record(trainer: Trainer) -> dict[str, Any]:
-    """Of this trainer; what another one left in the folder is no longer true."""
+    """Return the record of this trainer; what another one left in the folder is no longer true."""
     if trainer not in _RECORDS:
         _RECORDS[trainer] = {
             "versions": _versions(),

@@ -284,7 +284,7 @@ class Step:
 
 
 def golden(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function with a single valley is lowest, by golden section.
+    """Find the minimum of a function that has only one, by golden section.
 
     Args:
         function: The function.
