@@ -23,11 +23,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from lightning_sgd import get_aggregator
 from lightning_sgd.functional.distributed.traffic import all_reduce_traffic, send_traffic
@@ -150,9 +150,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file for the table")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            work, args=(args, Path(folder)), nprocs=args.num_ranks, start_method="fork"
-        )
+        start_processes(work, args=(args, Path(folder)), nprocs=args.num_ranks, start_method="fork")
         seconds, sent = torch.load(Path(folder) / "found")
 
     gradient = 4 * args.num_parameters

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from operator import truediv
 from pathlib import Path
 
@@ -84,9 +85,7 @@ def time_verdicts(rounds: int, coordinates: Sequence[int]) -> dict[int, float]:
     found = {}
     for num in coordinates:
         rows = torch.randn(256, num, generator=torch.Generator().manual_seed(0))
-        times = [
-            milliseconds_of(lambda rows=rows: gradient_gaussianity(rows)) for _ in range(rounds)
-        ]
+        times = [milliseconds_of(partial(gradient_gaussianity, rows)) for _ in range(rounds)]
         found[num] = statistics.median(times) / 1e3
     return found
 

@@ -71,10 +71,13 @@ def measure(case: dict[str, Any] | None, num_steps: int) -> float:
     seed_everything(0, verbose=False)
     x = torch.randn(64 * ACCUMULATE * num_steps, 64)
     loader = DataLoader(TensorDataset(x, torch.arange(len(x)) % 10), batch_size=64)
-    clock, settings = Clock(), {"num_batches": ACCUMULATE, "every_n_steps": 1, "max_overhead": None}
-    monitors = (
-        [] if case is None else [CriticalBatchSizeMonitor(**settings, **case, save_figure=False)]
-    )
+    clock = Clock()
+    monitors: list[Callback] = []
+    if case is not None:
+        monitor = CriticalBatchSizeMonitor(
+            num_batches=ACCUMULATE, every_n_steps=1, max_overhead=None, save_figure=False, **case
+        )
+        monitors.append(monitor)
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",

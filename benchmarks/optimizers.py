@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,16 +59,14 @@ def candidates(method: str) -> list[Candidate]:
     return makers[method]()
 
 
+def _sgd(params: list[Tensor], **flags: bool) -> Optimizer:
+    return torch.optim.SGD(params, lr=1e-3, momentum=0.9, **flags)
+
+
 def _around_mass() -> list[Candidate]:
-    nesterov = {"lr": 1e-3, "momentum": 0.9, "nesterov": True}
     found = [
-        Candidate(
-            BASELINES["mass"], lambda params: torch.optim.SGD(params, fused=True, **nesterov)
-        ),
-        Candidate(
-            "SGD Nesterov, foreach",
-            lambda params: torch.optim.SGD(params, foreach=True, **nesterov),
-        ),
+        Candidate(BASELINES["mass"], partial(_sgd, nesterov=True, fused=True)),
+        Candidate("SGD Nesterov, foreach", partial(_sgd, nesterov=True, foreach=True)),
         Candidate("MaSS, fused", lambda params: MaSS(params, lr=1e-3, fused=True)),
         Candidate("MaSS, foreach", lambda params: MaSS(params, lr=1e-3, foreach=True)),
     ]
@@ -81,11 +79,8 @@ def _around_mass() -> list[Candidate]:
 
 
 def _around_novograd() -> list[Candidate]:
-    momentum = {"lr": 1e-3, "momentum": 0.9}
     found = [
-        Candidate(
-            BASELINES["novograd"], lambda params: torch.optim.SGD(params, fused=True, **momentum)
-        ),
+        Candidate(BASELINES["novograd"], partial(_sgd, fused=True)),
         Candidate("Adam, fused", lambda params: torch.optim.Adam(params, fused=True)),
         Candidate("NovoGrad, fused", lambda params: NovoGrad(params, fused=True)),
         Candidate("NovoGrad, foreach", lambda params: NovoGrad(params, foreach=True)),
@@ -100,9 +95,8 @@ def _around_novograd() -> list[Candidate]:
 
 
 def _around_tra() -> list[Candidate]:
-    momentum = {"lr": 1e-3, "momentum": 0.9}
     return [
-        Candidate(BASELINES["tra"], lambda params: torch.optim.SGD(params, fused=True, **momentum)),
+        Candidate(BASELINES["tra"], partial(_sgd, fused=True)),
         Candidate("TRSGD, fused", lambda params: TRSGD(params, 1e-3, fused=True)),
         Candidate("TRSGD, foreach", lambda params: TRSGD(params, 1e-3, foreach=True)),
         Candidate("Adam, fused", lambda params: torch.optim.Adam(params, fused=True)),
@@ -170,7 +164,8 @@ class Workload:
 
     def refresh_gradients(self) -> None:
         """Write the gradients anew, as a backward pass does; torch's foreach Nesterov overwrites them."""
-        torch._foreach_copy_([param.grad for param in self.params], self.gradients)
+        gradients = [param.grad for param in self.params if param.grad is not None]
+        torch._foreach_copy_(gradients, self.gradients)
         self.wait()
 
     def wait(self) -> None:

@@ -26,11 +26,11 @@ from statistics import median
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch import Trainer, seed_everything
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
+from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import WeightedRandomSampler
 
 from lightning_sgd import (
@@ -69,7 +69,8 @@ class Result:
 def cpu_time(function: Callable[[], object], seconds: float = 0.3) -> float:
     """Median CPU time of a call in microseconds."""
     function()
-    times, end = [], time.process_time() + seconds
+    times: list[float] = []
+    end = time.process_time() + seconds
     while len(times) < 3 or time.process_time() < end:
         start = time.process_time()
         function()
@@ -223,7 +224,7 @@ def by_ranks(quick: bool) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         for num_ranks in (1, 2, 4):
             arguments = (num_ranks, folder, num_steps)
-            mp.start_processes(work, args=arguments, nprocs=num_ranks, start_method="fork")
+            start_processes(work, args=arguments, nprocs=num_ranks, start_method="fork")
             cpu, waited, speed = json.loads(Path(folder, f"{num_ranks}.json").read_text())
             there = (num_ranks - 1) * (LATENCY + 4 * BATCH / num_ranks / BANDWIDTH)
             table.add_row(

@@ -48,7 +48,7 @@ PEER = "WeightWatcher.analyze"
 FULL, CHEAP, CADENCE = "ours, full look", "ours, cheap look", "ours, default cadence"
 
 
-def resnet18() -> nn.Module:
+def resnet18() -> nn.Sequential:
     """The convolutions and the classifier of a ResNet-18."""
     layers: list[nn.Module] = [nn.Conv2d(3, 64, 7)]
     before = 64
@@ -60,7 +60,7 @@ def resnet18() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(512, 1000))
 
 
-def gpt2_small() -> nn.Module:
+def gpt2_small() -> nn.Sequential:
     """The linear layers of the twelve blocks of GPT-2 small."""
     shapes = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
     return nn.Sequential(*(nn.Linear(*shape) for _ in range(12) for shape in shapes))
@@ -97,7 +97,8 @@ def weightwatcher(module: nn.Module) -> Callable[[], object] | None:
     except ImportError:
         return None
     logging.getLogger("weightwatcher").setLevel(logging.CRITICAL)
-    return WeightWatcher(model=module).analyze
+    analyze: Callable[[], object] = WeightWatcher(model=module).analyze
+    return analyze
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ def share_of_full_looks(
 
 def median_ratio(others: Sequence[float], own: Sequence[float]) -> float:
     """Median of the ratios within each round."""
-    return statistics.median(map(truediv, others, own))
+    return float(statistics.median(map(truediv, others, own)))
 
 
 def as_table(results: Sequence[Result]) -> Table:
@@ -257,9 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     results: list[Result] = []
     for name in options.networks:
-        module = NETWORKS[name]().to(options.device)
-        if options.quick:
-            module = module[:6]
+        network = NETWORKS[name]().to(options.device)
+        module = network[:6] if options.quick else network
         seconds = 0 if options.quick else options.seconds
         results += compare(name, module, seconds, options.epoch_seconds)
     description = describe(options.device, options.epoch_seconds)

@@ -83,7 +83,7 @@ class Meter(Callback):
         assert self.source is not None
         self.source.after_backward()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Net, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Start the clock after the warm-up, and copy the weights, in a tenth of a millisecond."""
         if trainer.global_step == self.warm_up:
             self.begin = self._now(pl_module)
@@ -91,7 +91,7 @@ class Meter(Callback):
             weights = parameters_to_vector(pl_module.parameters()).detach()
             self.snapshots[trainer.global_step] = (time.perf_counter() - self.start, weights)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Net) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock, before the strategy averages the models for the last time."""
         seconds, slept, traffic, sent = self._now(pl_module)
         steps = trainer.global_step - self.warm_up
@@ -105,8 +105,9 @@ class Meter(Callback):
             "interface_mb": on_wire.payload / 1e6 / steps,
         }
 
-    def _now(self, net: Net) -> tuple[float, float, Traffic, Any]:
+    def _now(self, net: LightningModule) -> tuple[float, float, Traffic, Any]:
         assert self.source is not None
+        assert isinstance(net, Net)
         return time.perf_counter(), net.slept, self.source.read(), read(INTERFACE)
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    rank, results = os.environ["RANK"], []
+    rank = os.environ["RANK"]
+    results: list[dict[str, Any]] = []
     for straggles in map(bool, args.stragglers):
         for label in args.labels:
             meter = train(LINES[label](), straggles, args.num_hosts, args.num_steps, args.warm_up)

@@ -166,7 +166,7 @@ class GradientHooks:
         self._parts = list(columns.layers.values())
         self._versions = [param._version for param in params]
         self._handles = [
-            param.register_hook(partial(self._record, number, param))  # type: ignore[no-untyped-call]  # torch leaves it without types
+            param.register_hook(partial(self._record, number, param))
             for number, param in enumerate(params)
         ]
 

@@ -8,17 +8,16 @@ uniform grid that just holds its largest number. All runs of a row are made at o
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.box import MARKDOWN, SIMPLE_HEAD
+from _shared import LogisticDigits, arguments, save_table
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,14 +43,12 @@ class Task(NamedTuple):
     """Logistic regression.
 
     Attributes:
-        rows: Images times labels ±1, of norm one each.
-        optimum: Where the mean gradient vanishes.
+        data: The images, and the optimum.
         problem: What the analysis knows about it.
         U0: Squared distance of zero from the optimum.
     """
 
-    rows: Tensor
-    optimum: Tensor
+    data: LogisticDigits
     problem: BiasedSGDProblem
     U0: float
 
@@ -81,54 +78,39 @@ class Row:
     first_step: float
 
 
-def gradients(w: Tensor, rows: Tensor) -> Tensor:
-    """One sample's gradient for each of several weight vectors; rows of both belong together."""
-    return PENALTY * w - rows * torch.sigmoid(-(w * rows).sum(dim=-1, keepdim=True))
-
-
 def round_rows(values: Tensor, bits: int) -> Tensor:
     """Each row on its own uniform grid; the same as ``round_to_grid`` row by row."""
     if bits == 32:
         return values
-    step = values.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    step: Tensor = values.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
     return (values / step).round() * step
 
 
 def relative_errors(exact: Tensor, rounded: Tensor) -> Tensor:
     """Length of the error over length of the gradient, row by row."""
-    return (rounded - exact).norm(dim=1) / exact.norm(dim=1)
+    lengths: Tensor = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
+    return lengths
 
 
 @cache
 def task() -> Task:
     """Load the data, and find the optimum by Newton's method."""
-    from sklearn import datasets
-
-    pixels, digits = datasets.load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels)
-    images = images - images.mean(dim=0)
-    labels = 2.0 * torch.from_numpy(digits < 5) - 1
-    rows = images / images.norm(dim=1, keepdim=True) * labels[:, None]
-    w = torch.zeros(rows.shape[1], dtype=rows.dtype)
-    for _ in range(30):
-        p = torch.sigmoid(rows @ w)
-        hessian = (rows.T * (p * (1 - p))) @ rows / len(rows) + PENALTY * torch.eye(len(w))
-        w = w - torch.linalg.solve(hessian, gradients(w.expand_as(rows), rows).mean(dim=0))
-    noise = float(gradients(w.expand_as(rows), rows).square().sum(dim=1).mean())
+    data = LogisticDigits(PENALTY)
+    noise = float(data.all_gradients(data.optimum).square().sum(dim=1).mean())
     problem = BiasedSGDProblem(m=PENALTY, L=0.25 + PENALTY, G2=noise)
-    return Task(rows, w, problem, float(w.square().sum()))
+    return Task(data, problem, float(data.optimum.square().sum()))
 
 
 def measured_error(bits: int) -> float:
     """Largest relative error over all samples, at the start and at the optimum."""
-    rows, optimum, *_ = task()
-    exact = torch.cat([gradients(w.expand_as(rows), rows) for w in (0 * optimum, optimum)])
+    data = task().data
+    exact = torch.cat([data.all_gradients(w) for w in (0 * data.optimum, data.optimum)])
     return float(relative_errors(exact, round_rows(exact, bits)).max())
 
 
 def planned_steps(delta: float, num_steps: int) -> list[float]:
     """The optimal schedule, as ``BiasedSGDLR`` has it."""
-    _, _, problem, U = task()
+    _, problem, U = task()
     steps = []
     for _ in range(num_steps):
         steps.append(min(optimal_step(problem, U, delta), 0.5 / problem.m21))
@@ -140,12 +122,13 @@ def planned_steps(delta: float, num_steps: int) -> list[float]:
 
 def simulate(steps: Sequence[float], bits: int) -> tuple[float, float]:
     """Mean squared distance in the end over many runs from zero, and the largest relative error on the way."""
-    rows, optimum, *_ = task()
+    data = task().data
+    rows, optimum = data.rows, data.optimum
     generator = torch.Generator().manual_seed(0)
     w = torch.zeros(NUM_RUNS, len(optimum), dtype=rows.dtype)
     seen = 0.0
     for step in steps:
-        exact = gradients(w, rows[torch.randint(len(rows), (NUM_RUNS,), generator=generator)])
+        exact = data.gradients(w, rows[torch.randint(len(rows), (NUM_RUNS,), generator=generator)])
         rounded = round_rows(exact, bits)
         seen = max(seen, float(relative_errors(exact, rounded).max()))
         w = w - step * rounded
@@ -194,26 +177,22 @@ def shown(value: float) -> str:
 
 def main() -> None:
     """Simulate, print, keep."""
-    parser = argparse.ArgumentParser(description="Planned step sizes for gradients of few bits.")
-    parser.add_argument("--output", type=Path, help="also write table and numbers into this folder")
-    parser.add_argument("--quick", action="store_true", help="300 steps, to try the script")
-    arguments = parser.parse_args()
-    rows = table_of(BITS, 300 if arguments.quick else NUM_STEPS)
+    parser = arguments(
+        "Planned step sizes for gradients of few bits.", None, quick="300 steps, to try the script"
+    )
+    options = parser.parse_args()
+    rows = table_of(BITS, 300 if options.quick else NUM_STEPS)
     table = as_table(rows)
     console = Console(width=120)
     console.print(table)
     console.print(
         f"Budget: relative errors up to δ = {max_relative_error(task().problem, task().U0):.4f}."
     )
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        table.box, table.padding = MARKDOWN, (0, 1)
-        with console.capture() as lines:
-            console.print(table)
-        text = "\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n"
-        (arguments.output / "biased_sgd_bits.md").write_text(text)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        save_table(options.output / "biased_sgd_bits.md", table)
         numbers = json.dumps([asdict(row) for row in rows], indent=1) + "\n"
-        (arguments.output / "biased_sgd_bits.json").write_text(numbers)
+        (options.output / "biased_sgd_bits.json").write_text(numbers)
 
 
 if __name__ == "__main__":

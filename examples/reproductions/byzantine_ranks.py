@@ -9,7 +9,6 @@ are drills of ByzantineStrategy, whose mean is DDP's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -18,18 +17,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from io import StringIO
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _shared import shuffled_digits
+from _shared import arguments, markdown, shuffled_digits
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from rich.box import MARKDOWN
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -231,15 +226,13 @@ def table(results: dict[Setting, float], dealt: str) -> str:
     """One row per attack, one column per rule, in Markdown."""
     shown = [setting for setting in results if setting.dealt == dealt]
     names = dict.fromkeys(_column(setting) for setting in shown)
-    made = Table(box=MARKDOWN)
+    made = Table()
     for heading in ("attack", *names):
         made.add_column(heading, justify="left" if heading == "attack" else "right")
     for attack in dict.fromkeys(setting.attack for setting in shown):
         cells = {_column(s): _shown(results[s]) for s in shown if s.attack == attack}
         made.add_row(attack, *(cells.get(name, "") for name in names))
-    console = Console(width=120, record=True, file=StringIO())
-    console.print(made)
-    return console.export_text().strip() + "\n"
+    return markdown(made)
 
 
 def _shown(accuracy: float) -> str:
@@ -254,10 +247,9 @@ def _column(setting: Setting) -> str:
 
 def main() -> None:
     """Train, print the tables, and write them where asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two short runs")
-    parser.add_argument("--output", type=Path, help="folder for the tables and the numbers")
-    args = parser.parse_args()
+    args = arguments(
+        "Wrong ranks beside DDP and robust rules.", None, quick="two short runs"
+    ).parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     chosen, num_steps = settings(), 150
@@ -268,6 +260,7 @@ def main() -> None:
     tables = {dealt: table(results, dealt) for dealt in dict.fromkeys(s.dealt for s in results)}
     print("\n".join(tables.values()))
     if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
         for dealt, text in tables.items():
             (args.output / f"byzantine_ranks_{dealt}.md").write_text(text)
         runs = [

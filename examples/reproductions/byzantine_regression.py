@@ -9,6 +9,7 @@ every step, whatever moves the rule farthest; then a single estimate in ten thou
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
@@ -118,7 +119,7 @@ def _error(rule: str, honest: Tensor, strength: float, generator: torch.Generato
     own = honest.new_zeros(4, LENGTH)
     rows = torch.cat([honest, ALIE(strength, sign=1)(honest, own, generator)])
     error = (get_aggregator(rule, 4)(rows) - honest.mean(dim=0)).norm()
-    return float(error) / (LENGTH / 16) ** 0.5
+    return float(error) / math.sqrt(LENGTH / 16)
 
 
 def regression_table(curves: list[Curve]) -> Table:

@@ -17,12 +17,20 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from _shared import arguments, load_digits, save_table, svg_style
+from _shared import (
+    arguments,
+    batch_gradients,
+    bias_free_mlp,
+    gaussian_like,
+    load_digits,
+    save_table,
+    sgd_steps,
+    svg_style,
+)
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lightning_sgd import GaussianitySettings, gradient_gaussianity, shapiro_wilk
 
@@ -76,13 +84,6 @@ class Row:
     verdict: str
 
 
-def mlp() -> nn.Sequential:
-    """Linear layers without biases."""
-    blocks = [(nn.Linear(a, b, bias=False), nn.ReLU()) for a, b in pairwise((64, 64, 64, 10))]
-    layers = [layer for block in blocks for layer in block]
-    return nn.Sequential(*layers[:-1])
-
-
 def cnn() -> nn.Sequential:
     """Two convolutions, one linear layer; no batch normalization, whose statistics would depend on the batch size."""
     return nn.Sequential(
@@ -98,26 +99,7 @@ def cnn() -> nn.Sequential:
     )
 
 
-NETS = {"MLP": mlp, "CNN": cnn}
-
-
-def gradients(
-    net: nn.Module, x: Tensor, y: Tensor, size: int, generator: torch.Generator
-) -> Tensor:
-    """One gradient in each row, of batches drawn with replacement."""
-    rows, params = [], list(net.parameters())
-    for _ in range(NUM_GRADIENTS):
-        batch = torch.randint(len(x), (size,), generator=generator)
-        parts = torch.autograd.grad(cross_entropy(net(x[batch]), y[batch]), params)
-        rows.append(torch.cat([part.flatten() for part in parts]))
-    return torch.stack(rows)
-
-
-def gaussian_like(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian rows with the covariance of these, dependence between coordinates included."""
-    noise = rows - rows.mean(dim=0)
-    mixing = torch.randn(len(rows), len(rows), generator=generator) / len(rows) ** 0.5
-    return mixing @ noise
+NETS = {"MLP": bias_free_mlp, "CNN": cnn}
 
 
 def measure(name: str, net: nn.Module, x: Tensor, y: Tensor, step: int) -> Iterator[Row]:
@@ -125,23 +107,26 @@ def measure(name: str, net: nn.Module, x: Tensor, y: Tensor, step: int) -> Itera
     accuracy = float((net(x).argmax(dim=1) == y).double().mean())
     for size in BATCH_SIZES:
         generator = torch.Generator().manual_seed(size)
-        rows = gradients(net, x, y, size, generator)
+        rows = batch_gradients(net, x, y, size=size, num=NUM_GRADIENTS, generator=generator)
         real = gradient_gaussianity(rows, generator, SETTINGS)
         control = gradient_gaussianity(gaussian_like(rows, generator), generator, SETTINGS)
-        values = (
-            real.random.rejected,
-            real.random.limit,
-            real.random.p_value,
-            real.rejected_anderson_darling,
-            control.random.rejected,
-            real.coordinate.rejected,
-            control.coordinate.rejected,
-            real.random.statistic,
-            real.norm_kurtosis,
-            real.effective_dimension,
+        yield Row(
+            net=name,
+            step=step,
+            accuracy=round(accuracy, 4),
+            batch_size=size,
+            rejected=round(real.random.rejected, 4),
+            limit=round(real.random.limit, 4),
+            p_value=round(real.random.p_value, 4),
+            anderson_darling=round(real.rejected_anderson_darling, 4),
+            control=round(control.random.rejected, 4),
+            coordinate=round(real.coordinate.rejected, 4),
+            coordinate_control=round(control.coordinate.rejected, 4),
+            mean_w=round(real.random.statistic, 4),
+            norm_kurtosis=round(real.norm_kurtosis, 4),
+            dimension=round(real.effective_dimension, 4),
+            verdict=real.verdict,
         )
-        numbers = (round(value, 4) for value in values)
-        yield Row(name, step, round(accuracy, 4), size, *numbers, real.verdict)
 
 
 def by_ink() -> Table:
@@ -149,7 +134,9 @@ def by_ink() -> Table:
     x, y = load_digits()
     torch.manual_seed(0)
     size = BATCH_SIZES[-1]
-    rows = gradients(mlp(), x, y, size, torch.Generator().manual_seed(size))
+    generator = torch.Generator().manual_seed(size)
+    net = bias_free_mlp()
+    rows = batch_gradients(net, x, y, size=size, num=NUM_GRADIENTS, generator=generator)
     p_values = shapiro_wilk(rows[:, : 64 * 64], dim=0).p_value.view(64, 64)
     ink = (x > 0).double().mean(dim=0)
     table = Table(box=SIMPLE_HEAD, padding=0)
@@ -166,16 +153,11 @@ def run(name: str, steps: Sequence[int]) -> list[Row]:
     """Train, and measure at these steps."""
     x, y = load_digits()
     torch.manual_seed(0)
-    net, rows = NETS[name](), []
-    optimizer = torch.optim.SGD(net.parameters(), LR)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(max(steps) + 1):
+    net, num_steps = NETS[name](), max(steps) + 1
+    rows: list[Row] = []
+    for step in sgd_steps(net, x, y, lr=LR, batch_size=TRAINING_BATCH, num_steps=num_steps):
         if step in steps:
             rows += measure(name, net, x, y, step)
-        batch = torch.randint(len(x), (TRAINING_BATCH,), generator=generator)
-        optimizer.zero_grad()
-        cross_entropy(net(x[batch]), y[batch]).backward()
-        optimizer.step()
     return rows
 
 

@@ -17,7 +17,7 @@ from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import torch
-from _shared import arguments, load_digits, save_table, svg_style
+from _shared import arguments, load_digits, save_table, sgd_steps, svg_style
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -116,15 +116,10 @@ def train(width: int, depth: int, steps: Sequence[int]) -> Iterator[Row]:
     x, y = load_digits()
     torch.manual_seed(0)
     net = mlp(width, depth)
-    optimizer = torch.optim.SGD(net.parameters(), LR)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(max(steps) + 1):
+    num_steps = max(steps) + 1
+    for step in sgd_steps(net, x, y, lr=LR, batch_size=BATCH_SIZE, num_steps=num_steps):
         if step in steps:
             yield Row(width, depth, step, *measure(net, x, y, step))
-        batch = torch.randint(len(x), (BATCH_SIZE,), generator=generator)
-        optimizer.zero_grad()
-        cross_entropy(net(x[batch]), y[batch]).backward()
-        optimizer.step()
 
 
 def as_table(rows: Sequence[Row]) -> Table:

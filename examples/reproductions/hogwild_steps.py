@@ -8,20 +8,18 @@ with a delay τ it was taken τ updates ago. All runs of a row are made at once.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from rich.box import MARKDOWN, SIMPLE_HEAD
+from _shared import LogisticDigits, arguments, save_table
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from lightning_sgd import diminishing_bound
 from lightning_sgd.functional.step_size.diminishing import diminishing_steps
@@ -31,20 +29,6 @@ PENALTY, CURVATURE = 0.02, 0.27
 NUM_RUNS = 100
 TIMES = (300, 3000, 30_000)
 DELAYS = (0, 10, 100)
-
-
-class Problem(NamedTuple):
-    """Logistic regression.
-
-    Attributes:
-        rows: Images times labels ±1, of norm one each.
-        optimum: Where the mean gradient vanishes [w*].
-        noise: Twice the mean squared norm of a gradient there [N].
-    """
-
-    rows: Tensor
-    optimum: Tensor
-    noise: float
 
 
 @dataclass(frozen=True)
@@ -64,33 +48,21 @@ class Row:
     bounds: tuple[float, ...] | None = None
 
 
-def gradients(w: Tensor, rows: Tensor) -> Tensor:
-    """One sample's gradient for each of several weight vectors; rows of both belong together."""
-    return PENALTY * w - rows * torch.sigmoid(-(w * rows).sum(dim=-1, keepdim=True))
-
-
 @cache
-def problem() -> Problem:
-    """Load the data, and find the optimum by Newton's method."""
-    from sklearn import datasets
+def problem() -> LogisticDigits:
+    """Load the data, and find the optimum, once."""
+    return LogisticDigits(PENALTY)
 
-    pixels, digits = datasets.load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels)
-    images = images - images.mean(dim=0)
-    labels = 2.0 * torch.from_numpy(digits < 5) - 1
-    rows = images / images.norm(dim=1, keepdim=True) * labels[:, None]
-    w = torch.zeros(rows.shape[1], dtype=rows.dtype)
-    for _ in range(30):
-        p = torch.sigmoid(rows @ w)
-        hessian = (rows.T * (p * (1 - p))) @ rows / len(rows) + PENALTY * torch.eye(len(w))
-        w = w - torch.linalg.solve(hessian, gradients(w.expand_as(rows), rows).mean(dim=0))
-    noise = 2 * gradients(w.expand_as(rows), rows).square().sum(dim=1).mean()
-    return Problem(rows, w, float(noise))
+
+def noise() -> float:
+    """Twice the mean squared norm of a gradient at the optimum [N]."""
+    at_optimum = problem().all_gradients(problem().optimum)
+    return float(2 * at_optimum.square().sum(dim=1).mean())
 
 
 def simulate(step_size: Callable[[float], float], delay: int, times: Sequence[int]) -> list[float]:
     """Mean squared distance from the optimum at some times, over many runs from zero."""
-    rows, optimum, _ = problem()
+    rows, optimum = problem().rows, problem().optimum
     generator = torch.Generator().manual_seed(0)
     past = [torch.zeros(NUM_RUNS, len(optimum), dtype=rows.dtype)] * (delay + 1)
     errors = []
@@ -100,7 +72,7 @@ def simulate(step_size: Callable[[float], float], delay: int, times: Sequence[in
             errors.append(float((w - optimum).square().sum(dim=1).mean()))
         chosen = torch.randint(len(rows), (NUM_RUNS,), generator=generator)
         read = past[(t + 1) % (delay + 1)]  # the oldest one that is kept
-        past[(t + 1) % (delay + 1)] = w - step_size(t) * gradients(read, rows[chosen])
+        past[(t + 1) % (delay + 1)] = w - step_size(t) * problem().gradients(read, rows[chosen])
     return errors
 
 
@@ -131,7 +103,7 @@ def table_of(delays: Sequence[int], times: Sequence[int]) -> list[Row]:
         for name, steps in track(schedules(delay).items(), transient=True):
             bounds = None
             if name.startswith("theorem 2"):
-                settings = (PENALTY, CURVATURE, problem().noise, distance)
+                settings = (PENALTY, CURVATURE, noise(), distance)
                 bounds = tuple(diminishing_bound(t, *settings) for t in times)
             found.append(Row(name, delay, tuple(simulate(steps, delay, times)), bounds))
     return found
@@ -152,24 +124,19 @@ def as_table(rows: Sequence[Row], times: Sequence[int]) -> Table:
 
 def main() -> None:
     """Simulate, print, keep."""
-    parser = argparse.ArgumentParser(description="Diminishing against constant step sizes.")
-    parser.add_argument("--output", type=Path, help="also write table and numbers into this folder")
-    parser.add_argument("--quick", action="store_true", help="300 steps, to try the script")
-    arguments = parser.parse_args()
-    times = TIMES[:1] if arguments.quick else TIMES
+    parser = arguments(
+        "Diminishing against constant step sizes.", None, quick="300 steps, to try the script"
+    )
+    options = parser.parse_args()
+    times = TIMES[:1] if options.quick else TIMES
     rows = table_of(DELAYS, times)
     table = as_table(rows, times)
     Console(width=120).print(table)
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        table.box, table.padding = MARKDOWN, (0, 1)
-        console = Console(width=120)
-        with console.capture() as lines:
-            console.print(table)
-        text = "\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n"
-        (arguments.output / "hogwild_steps.md").write_text(text)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        save_table(options.output / "hogwild_steps.md", table)
         numbers = json.dumps([asdict(row) for row in rows], indent=1) + "\n"
-        (arguments.output / "hogwild_steps.json").write_text(numbers)
+        (options.output / "hogwild_steps.json").write_text(numbers)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ schedule and tail are those of the strategy. A second table gives the exact risk
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from _shared import shuffled_digits
-from rich.box import MARKDOWN
-from rich.console import Console
+from _shared import markdown, shuffled_digits
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -70,7 +69,7 @@ def networks(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(num_in: int, *shape: int) -> Tensor:
-        one = (2 * torch.rand(shape, generator=generator) - 1) / num_in**0.5
+        one = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(num_in)
         return one.expand(NUM_RANKS, *shape).clone().requires_grad_()
 
     return [
@@ -189,7 +188,7 @@ def one_shot_risk(num_ranks: int, *, num_samples: int = 80_000, batch_size: int 
 
 def report(results: dict[tuple[str, str], tuple[float, float]]) -> Table:
     """One row per method."""
-    table = Table(box=MARKDOWN)
+    table = Table()
     table.add_column("method")
     for dealt in SKEWS:
         table.add_column(f"loss, {dealt}", justify="right")
@@ -210,20 +209,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file for the tables")
     args = parser.parse_args()
     tables = [report(compare(*((3, 1) if args.quick else (20, 4))))]
-    risks = Table(box=MARKDOWN)
+    risks = Table()
     risks.add_column("machines")
     risks.add_column("steps of each", justify="right")
     risks.add_column("exact excess risk", justify="right")
     for num_ranks in (1, 2, 4, 8):
         steps = 80_000 // (8 * num_ranks)
         risks.add_row(str(num_ranks), str(steps), f"{one_shot_risk(num_ranks):.3e}")
-    console = Console(width=120, record=True)
-    for table in [*tables, risks]:
-        console.print(table)
+    text = "\n\n".join(map(markdown, [*tables, risks]))
+    print(text)
     if args.output:
-        args.output.write_text(
-            f"`python examples/reproductions/local_sgd_digits.py`\n\n{console.export_text().rstrip()}\n"
-        )
+        args.output.write_text(f"`python examples/reproductions/local_sgd_digits.py`\n\n\n{text}")
 
 
 if __name__ == "__main__":

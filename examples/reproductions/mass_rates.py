@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from _shared import arguments, svg_style
+from _shared import arguments, markdown, svg_style
 from numpy.typing import NDArray
-from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import brentq, minimize_scalar
@@ -264,13 +263,7 @@ def draw(path: Path) -> None:
 
 def save_tables(path: Path, blocks: Mapping[str, Block]) -> None:
     """Write the tables as fragments that documentation can include."""
-    console = Console(width=120)
-    with console.capture() as lines:
-        for block in blocks.values():
-            table = block.table()
-            table.box = MARKDOWN
-            console.print(table)
-    path.write_text("\n".join(map(str.rstrip, lines.get().strip().splitlines())) + "\n")
+    path.write_text("\n\n".join(markdown(block.table()) for block in blocks.values()))
 
 
 def main() -> None:

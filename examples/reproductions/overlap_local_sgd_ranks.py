@@ -26,6 +26,7 @@ import torch.distributed as dist
 from _shared import arguments, save_table
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from overlap_local_sgd_digits import (
     LR,
     METHODS,
@@ -171,7 +172,7 @@ class DigitsModule(LightningModule):
         """Cross-entropy."""
         return cross_entropy(self.net(batch[0]), batch[1])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Nesterov SGD, with a tenth of the step size at the end."""
         optimizer = torch.optim.SGD(self.parameters(), LR, momentum=0.9, nesterov=True)
         factors = partial(decay, num_steps=len(self.index))

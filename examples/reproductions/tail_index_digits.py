@@ -13,16 +13,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from _shared import arguments, load_digits, save_table, svg_style
+from _shared import (
+    arguments,
+    batch_gradients,
+    bias_free_mlp,
+    gaussian_like,
+    load_digits,
+    save_table,
+    sgd_steps,
+    svg_style,
+)
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lightning_sgd.functional.noise.gradient_sample import GradientSample
 from lightning_sgd.functional.noise.gradient_tail_index import gradient_tail_index
@@ -68,37 +75,11 @@ class Row:
     zeros: float
 
 
-def mlp() -> nn.Sequential:
-    """Linear layers without biases."""
-    blocks = [(nn.Linear(a, b, bias=False), nn.ReLU()) for a, b in pairwise(SIZES)]
-    layers = [layer for block in blocks for layer in block]
-    return nn.Sequential(*layers[:-1])
-
-
-def gradients(
-    net: nn.Module, x: Tensor, y: Tensor, size: int, generator: torch.Generator
-) -> Tensor:
-    """One gradient in each row, of batches drawn with replacement."""
-    rows, params = [], list(net.parameters())
-    for _ in range(NUM_BATCHES):
-        batch = torch.randint(len(x), (size,), generator=generator)
-        parts = torch.autograd.grad(cross_entropy(net(x[batch]), y[batch]), params)
-        rows.append(torch.cat([part.flatten() for part in parts]))
-    return torch.stack(rows)
-
-
-def gaussian_like(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian rows with the covariance of these, dependence between coordinates included."""
-    noise = rows - rows.mean(dim=0)
-    mixing = torch.randn(len(rows), len(rows), generator=generator) / len(rows) ** 0.5
-    return mixing @ noise
-
-
 def measure(net: nn.Module, x: Tensor, y: Tensor, step: int) -> Iterator[Row]:
     """One row for each batch size."""
     for size in BATCH_SIZES:
         generator = torch.Generator().manual_seed(size)
-        rows = gradients(net, x, y, size, generator)
+        rows = batch_gradients(net, x, y, size=size, num=NUM_BATCHES, generator=generator)
         real = gradient_tail_index(GradientSample(rows, size, {}, step), generator)
         other = GradientSample(gaussian_like(rows, generator), size, {}, step)
         control = gradient_tail_index(other, generator)
@@ -118,16 +99,11 @@ def run(steps: Sequence[int]) -> list[Row]:
     """Train, and measure at these steps."""
     x, y = load_digits()
     torch.manual_seed(0)
-    net, rows = mlp(), []
-    optimizer = torch.optim.SGD(net.parameters(), LR)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(max(steps) + 1):
+    net, num_steps = bias_free_mlp(), max(steps) + 1
+    rows: list[Row] = []
+    for step in sgd_steps(net, x, y, lr=LR, batch_size=TRAINING_BATCH, num_steps=num_steps):
         if step in steps:
             rows += measure(net, x, y, step)
-        batch = torch.randint(len(x), (TRAINING_BATCH,), generator=generator)
-        optimizer.zero_grad()
-        cross_entropy(net(x[batch]), y[batch]).backward()
-        optimizer.step()
     return rows
 
 

@@ -31,18 +31,24 @@ BATCH_SIZE, NUM_EPOCHS = 4, 12
 SHARE = sum(1 / k for k in range(1, 11)) / 10
 """Average step size of a stage of ten steps, in units of the first: 0.2929."""
 DIVERGED = 1e3
-SGD_SETTINGS = {"momentum": 0.9, "weight_decay": 1e-4}
 
 Parameters: TypeAlias = list[Tensor]
+
+
+def sgd(params: Parameters, lr: float) -> Optimizer:
+    """SGD with the momentum and weight decay that are the defaults of TRSGD."""
+    return SGD(params, lr, momentum=0.9, weight_decay=1e-4)
+
+
 METHODS: dict[str, Callable[[Parameters], Optimizer]] = {
-    "SGD, lr 0.1": lambda params: SGD(params, 0.1, **SGD_SETTINGS),
+    "SGD, lr 0.1": lambda params: sgd(params, 0.1),
     "TRSGD, lr 0.1": lambda params: TRSGD(params, 0.1),
     "falling steps only": lambda params: TRSGD(params, 0.1, lambda_w=0.0),
     "pull only": lambda params: TRSGD(params, 0.1, inner_lr_decay="none"),
     "pull only, ten times": lambda params: TRSGD(params, 0.1, lambda_w=0.1, inner_lr_decay="none"),
     "TRSGD, pull fifty times": lambda params: TRSGD(params, 0.1, lambda_w=0.5),
-    "SGD, lr 0.0293": lambda params: SGD(params, 0.1 * SHARE, **SGD_SETTINGS),
-    "SGD, lr 0.01": lambda params: SGD(params, 0.01, **SGD_SETTINGS),
+    "SGD, lr 0.0293": lambda params: sgd(params, 0.1 * SHARE),
+    "SGD, lr 0.01": lambda params: sgd(params, 0.01),
     "Adam, lr 0.001": lambda params: Adam(params, 1e-3, weight_decay=1e-4),
     "TRAdam, lr 0.001": TRAdam,
     "Adam, lr 0.000293": lambda params: Adam(params, 1e-3 * SHARE, weight_decay=1e-4),

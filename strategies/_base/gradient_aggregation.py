@@ -188,7 +188,7 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
         return torch.zeros((), device=self.root_device, requires_grad=True)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """With micro-batches as workers, move the gradient of this one into a row of its own."""
+        """Move the gradient of a micro-batch into a row of its own, where micro-batches are workers."""
         super().post_backward(closure_loss)
         self._num_backwards += 1
         if self.workers == "rank":

@@ -28,7 +28,8 @@ def published():
 def test_the_problem_is_that_of_the_analysis():
     from sklearn.linear_model import LogisticRegression
 
-    rows, optimum, problem, U0 = bits.task()
+    data, problem, U0 = bits.task()
+    rows, optimum = data.rows, data.optimum
     assert (problem.m, problem.L, problem.m21) == pytest.approx((0.1, 0.35, 0.45))
     assert pytest.approx((0.21845, 0.50152), abs=5e-6) == (problem.G2, U0)
     labels = np.arange(len(rows)) % 2 * 2 - 1  # any signs: rows are images times labels
@@ -45,7 +46,7 @@ def test_rows_are_rounded_as_the_compressor_does(number):
 
 
 def test_the_plan_is_what_the_scheduler_does():
-    _, _, problem, U0 = bits.task()
+    _, problem, U0 = bits.task()
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     schedule = BiasedSGDLR(optimizer, problem, U0, delta=0.0087)
     lrs = []

@@ -24,12 +24,12 @@ def rows_of(root, name):
 
 
 @pytest.mark.parametrize("net", ["MLP", "CNN"])
-def test_gradients_of_whole_batches_are_autograds(root, monkeypatch, net):
+def test_gradients_of_whole_batches_are_autograds(net):
     script = load(NAMES[0])
-    monkeypatch.setattr(script, "NUM_GRADIENTS", 20)
     x, y = torch.rand(3, 64), torch.tensor([0, 1, 2])
     model = script.NETS[net]()
-    rows = script.gradients(model, x, y, 1, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rows = script.batch_gradients(model, x, y, size=1, num=20, generator=generator)
     singles = []
     for index in range(3):
         model.zero_grad()

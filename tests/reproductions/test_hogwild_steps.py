@@ -24,7 +24,7 @@ def published():
 def test_the_optimum_is_that_of_scikit_learn():
     from sklearn.linear_model import LogisticRegression
 
-    rows, optimum, noise = steps.problem()
+    rows, optimum, noise = steps.problem().rows, steps.problem().optimum, steps.noise()
     signed, n = rows.numpy(), len(rows)
     labels = np.arange(n) % 2 * 2 - 1  # any signs: rows are images times labels
     fit = LogisticRegression(C=1 / (n * steps.PENALTY), fit_intercept=False, tol=1e-10)

@@ -30,8 +30,8 @@ def test_the_control_is_gaussian_with_the_covariance_of_the_rows(script):
 
 def test_gradients_of_whole_batches_are_autograds(script):
     x, y = torch.randn(3, 64), torch.tensor([0, 1, 2])
-    net, generator = script.mlp(), torch.Generator().manual_seed(0)
-    rows = script.gradients(net, x, y, 1, generator)
+    net, generator = script.bias_free_mlp(), torch.Generator().manual_seed(0)
+    rows = script.batch_gradients(net, x, y, size=1, num=64, generator=generator)
     singles = []
     for index in range(3):
         net.zero_grad()
