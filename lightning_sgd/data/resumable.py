@@ -148,7 +148,10 @@ def _count_the_epoch() -> None:
     while frame is not None:
         loop = frame.f_locals.get("self")
         if isinstance(loop, FitLoop):
-            if loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
+            current: Any = (
+                loop.epoch_progress.current
+            )  # typed as its base, which has no `processed`
+            if current.ready == current.processed:
                 loop.epoch_progress.increment_ready()
                 loop.epoch_progress.increment_started()
             return
