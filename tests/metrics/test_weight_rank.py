@@ -159,7 +159,7 @@ def test_plots_the_means():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: WeightRank(measures=["srank"]), "`measures` to be a list of some of"),
+        (lambda: WeightRank(measures=["srank"]), "`measures` to be one of"),
         (lambda: WeightRank(tol=[2.0]), "`tol` to be a list of numbers"),
         (
             lambda: WeightRank().update({"bias": torch.zeros(3)}),
