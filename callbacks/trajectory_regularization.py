@@ -128,6 +128,8 @@ class TrajectoryRegularization(Callback):
         for loop in self._loops:
             before, after = partial(self._before_step, loop), partial(self._after_step, loop)
             self._handles += [
+                # Hooks of the optimizer: schedules and loggers, which run outside of its step, see the step size of the
+                # schedule.
                 loop.optimizer.register_step_pre_hook(before),
                 loop.optimizer.register_step_post_hook(after),
             ]
@@ -243,11 +245,14 @@ class InnerLoop:
             if rows and lambda_w:
                 own, grads, targets = (list(column) for column in zip(*rows, strict=True))
                 pulled = regularized_gradients(own, grads, targets, pull_strength(lambda_w, lr))
+                # Into `p.grad`, unlike TRSGD: that is where any optimizer looks for gradients.
                 torch._foreach_copy_(grads, pulled)
 
     def set_inner_lr(self, inner_lr_decay: InnerDecay) -> None:
         """Set the step sizes of this position, until :func:`restore_lr`."""
         groups = self.optimizer.param_groups
+        # The first instance of the callback keeps them: what a second one finds in the groups is a step size of the
+        # first.
         _scheduled_lrs.setdefault(self.optimizer, [group["lr"] for group in groups])
         for group in groups:
             group["lr"] = inner_step_size(group["lr"], self.position, inner_lr_decay)
@@ -285,6 +290,7 @@ class InnerLoop:
 
     def _move_anchors(self) -> None:
         for index, param in enumerate(self.params):
+            # A parameter whose first gradient comes within a stage gets its anchor then, as in TRSGD.
             if param.grad is None or self.anchored_in[index] == self.number:
                 continue
             anchor = self.anchors[index]
@@ -305,10 +311,12 @@ def scheduled_lrs(optimizer: Optimizer) -> list[float | Tensor]:
 
 def restore_lr(optimizer: Optimizer) -> None:
     """Set the step sizes of the schedule again; without effect if they are set."""
+    # Not strict: without an entry there is nothing to set, and a group may have been added meanwhile.
     for group, lr in zip(optimizer.param_groups, _scheduled_lrs.pop(optimizer, []), strict=False):
         group["lr"] = lr
 
 
 def _strength(group: dict[str, Any], lambda_w: float | None) -> float:
     own = group.get("lambda_w", lambda_w)
+    # A warm-up has lowered `lr` by the time that training starts; `initial_lr` is what torch's schedulers keep of it.
     return 0.1 * float(group.get("initial_lr", group["lr"])) if own is None else float(own)

@@ -27,6 +27,7 @@ def gather(tensor: Tensor, num_ranks: int, group: dist.ProcessGroup | None = Non
     if num_ranks == 1:
         return tensor[None]
     # Not by Lightning's `all_gather`, which calls what torch has deprecated.
+    # `all_gather` fills buffers as they lie in memory, whatever their strides: both sides must be contiguous.
     parts = [
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(num_ranks)
     ]
@@ -54,8 +55,11 @@ def gather_texts(trainer: Trainer, text: str) -> list[str]:
     if trainer.world_size == 1:
         return [text]
     content = text.encode()
+    # Two collectives, because a gather needs equal sizes: first the longest, then the padded texts.
     (longest,) = reduce_max(trainer, [float(len(content))])
     padded = content.ljust(int(longest), b"\0")
+    # `frombuffer` refuses an empty buffer, and warns about one that cannot be written to. After padding either all
+    # ranks have an empty one or none has.
     mine = torch.frombuffer(bytearray(padded), dtype=torch.uint8) if padded else torch.empty(0)
     rows = gather(mine.to(trainer.strategy.root_device), trainer.world_size)
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]

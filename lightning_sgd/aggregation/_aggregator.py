@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import Words, expect
+from lightning_sgd._validation import Words, expect, plain_number
 from lightning_sgd.functional.robust.stacked_rows import (
     BLOCK,
     Rows,
@@ -70,6 +70,7 @@ class Aggregator(ABC):
 
     def __init__(self, num_byzantine: int) -> None:
         remedy = "It is the number of workers that may be faulty."
+        num_byzantine = plain_number(num_byzantine)
         is_count = isinstance(num_byzantine, int) and num_byzantine >= 0
         expect(is_count, "num_byzantine", "a whole number from 0", num_byzantine, remedy)
         self.num_byzantine = num_byzantine
@@ -106,6 +107,7 @@ class Aggregator(ABC):
         rows = check_rows(rows)
         kept, num_byzantine = self.keep(squared_row_norms(rows))
         if len(kept) < len(rows):
+            # A list of views: indexing the matrix would copy all rows.
             rows = [rows[index] for index in kept]
         if self.uses_previous_output:
             rows = [*rows, self._previous_or_zeros(rows[0])]
@@ -203,6 +205,7 @@ class Aggregator(ABC):
 
     def _on_all_rows(self, matrix: Tensor) -> Tensor:
         """Return the mean share of each row, with zeros for dropped rows and without the previous output."""
+        # A matrix of several rows is reduced coordinate by coordinate afterwards, so only mean shares are known.
         shares = matrix.mean(dim=0)
         if self._kept is None:
             return shares

@@ -33,6 +33,7 @@ RULES: dict[str, tuple[Callable[..., Aggregator], dict[str, object]]] = {
     "mda": (MDA, {}),
     "smea": (SMEA, {}),
     "geomed": (GeometricMedian, {}),
+    # The settings of byzfl; the authors' code takes four steps and 1e-5.
     "rfa": (GeometricMedian, {"smoothing": 0.1, "num_iterations": 3, "start": "zero"}),
     "cclip": (CenteredClipping, {}),
     "faba": (FABA, {}),
@@ -106,6 +107,7 @@ def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
         return node.id, {}
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
         raise ValueError
+    # Literals only: a string in a configuration file must not run code.
     return node.func.id, {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
 
 

@@ -22,6 +22,7 @@ def krum_scores(distances: Tensor, num_neighbours: int) -> Tensor:
         >>> krum_scores(torch.tensor([[0.0, 1.0, 4.0], [1.0, 0.0, 9.0], [4.0, 9.0, 0.0]]), 1)
         tensor([1., 1., 4.])
     """
+    # The first is the distance of a row from itself.
     return distances.sort(dim=1).values[:, 1 : num_neighbours + 1].sum(dim=1)
 
 

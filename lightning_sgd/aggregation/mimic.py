@@ -35,6 +35,7 @@ class Mimic(Attack):
         remedy = "0 copies one worker throughout."
         expect(num_warmup_steps >= 0, "num_warmup_steps", "not negative", num_warmup_steps, remedy)
         self.worker, self.num_warmup_steps = worker, num_warmup_steps
+        # The direction of largest spread needs whole rows; copying one can be done by columns.
         self.scope = "rows" if num_warmup_steps else "columns"
         self.num_calls = 0
         self.mean: Tensor | None = None
@@ -57,6 +58,7 @@ class Mimic(Attack):
         if self.mean is None or self.direction is None:
             drawn = torch.randn(honest.shape[1], generator=generator, device=generator.device)
             self.mean, self.direction = torch.zeros_like(honest[0]), drawn.to(honest)
+        # Running means with weight 1/t, which start from the first rows alone.
         self.mean = torch.lerp(self.mean, honest.mean(dim=0), share)
         centred = honest - self.mean
         image = centred.mT @ (centred @ self.direction)

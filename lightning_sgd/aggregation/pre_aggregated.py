@@ -60,6 +60,7 @@ class PreAggregated(Aggregator):
         product = torch.eye(len(gram), dtype=gram.dtype)
         for step in self.steps:
             matrix = self._step_matrix(step, gram, num_byzantine)
+            # Mapped rows MX have the Gram matrix MGMᵀ, so that they never exist as a whole.
             gram, product = matrix @ gram @ matrix.mT, matrix @ product
         return self.rule._matrix(gram, num_byzantine) @ product
 

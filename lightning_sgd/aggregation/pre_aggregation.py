@@ -160,6 +160,7 @@ class Bucketing(PreAggregator):
     def matrix(self, gram: Tensor, num_byzantine: int) -> Tensor:
         """Return, for each bucket, the reciprocal of its size in the columns of its members."""
         n = len(gram)
+        # Seeded by the number of the call, so that all ranks draw the same buckets without a message.
         order = torch.randperm(n, generator=self.draws.next_generator())
         buckets = torch.split(order, self.bucket_size)
         matrix = torch.zeros(len(buckets), n, dtype=gram.dtype)
@@ -234,6 +235,7 @@ class ARC(PreAggregator):
         # ⌊2(f/n)(n − f)⌋ in whole numbers: a floating-point product could fall just below one.
         num_clipped = 2 * num_byzantine * (n - num_byzantine) // n
         norms = gram.diagonal().sqrt().sort().values
+        # The length of the longest row that is not clipped.
         return _shortened(gram, float(norms[n - num_clipped - 1]))
 
 

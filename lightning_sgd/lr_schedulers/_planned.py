@@ -46,6 +46,7 @@ class PlannedLR(LRScheduler):
         )
         self.num_steps_per_call = num_steps_per_call
         self._factors = [1.0] * len(optimizer.param_groups)
+        # Set before torch's constructor, which makes the first call of `step` itself.
         self._num_steps_since_call, self._num_calls_due, self._has_told = 0, 1, False
         super().__init__(optimizer, last_epoch)
         # Weakly, because the optimizer may live longer than a schedule that was replaced.
@@ -65,6 +66,7 @@ class PlannedLR(LRScheduler):
         """
         if not self._is_initial and epoch is None:
             self._num_calls_due = max(self._num_steps_since_call // self.num_steps_per_call, 1)
+            # torch's `step` adds the last of the calls that are due.
             self.last_epoch += self._num_calls_due - 1
             if self._num_calls_due > 1 and not self._has_told:
                 self._has_told = True
@@ -96,6 +98,7 @@ class PlannedLR(LRScheduler):
             self.begin()
             self._factors = [1.0] * len(self.base_lrs)
         # What stands in a group and not in our own record, somebody else has multiplied.
+        # `_is_initial` and `_last_lr` are torch's own names for "in the constructor" and "what I set last".
         ours = self.base_lrs if self._is_initial else self._last_lr
         groups = self.optimizer.param_groups
         self._factors = [
@@ -113,8 +116,9 @@ class PlannedLR(LRScheduler):
         return self._shared_out(self.plan())
 
     def _adopt_new_groups(self) -> None:
-        """Take groups in that were added to the optimizer later, as finetuning callbacks do when layers thaw."""
+        """Include groups that were added to the optimizer later, as fine-tuning callbacks do."""
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            # The key is torch's: schedulers that are built later read it, too.
             self.base_lrs.append(group.setdefault("initial_lr", float(group["lr"])))
             self._factors.append(1.0)
             if not self._is_initial:
@@ -129,4 +133,5 @@ class PlannedLR(LRScheduler):
 
 
 def _ratio(now: float, before: float) -> float:
+    # From a step size of zero no factor can be read.
     return now / before if before > 0 else 1.0

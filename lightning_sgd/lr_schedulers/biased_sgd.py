@@ -32,7 +32,7 @@ class SupportsErrorModel(Protocol):
     """What measures the error of gradients: :class:`~lightning_sgd.GradientErrorMonitor`."""
 
     def error_model(self) -> tuple[float, float] | None:
-        """The pair (δ, c); ``None`` before anything was measured."""
+        """Return the pair (δ, c); ``None`` before anything was measured."""
 
 
 class BiasedSGDLR(PlannedLR):
@@ -111,6 +111,7 @@ class BiasedSGDLR(PlannedLR):
         check_error(U0, delta, c)
         expect(is_finite_at_least(min_lr, 0), "min_lr", "a number ≥ 0", min_lr, "Try 0.")
         if max_lr is None:
+            # Half of 1/M21, up to which the bound holds in closed form for exact gradients.
             max_lr = max(min_lr, 0.5 / problem.m21 if problem.m21 else problem.m / problem.m_tilde)
         expect(max_lr > 0, "max_lr", "a positive number", max_lr, "Leave it out.")
         expect(max_lr >= min_lr, "max_lr", f"at least min_lr = {min_lr:g}", max_lr, "Raise it.")
@@ -120,6 +121,7 @@ class BiasedSGDLR(PlannedLR):
         self._problem = asdict(problem)
         self.U0, self.U, self.delta, self.c = U0, U0, delta, c
         self.min_lr, self.max_lr, self.monitor = min_lr, max_lr, monitor
+        # A list of numbers, because a checkpoint takes no object of ours.
         self._searched: list[float] = []
         self._has_begun, self._has_warned = False, False
         super().__init__(optimizer, num_steps_per_call, last_epoch)
@@ -132,28 +134,32 @@ class BiasedSGDLR(PlannedLR):
     def begin(self) -> None:
         """Start from ``U0``, and make the planned steps up to a place that is jumped to."""
         self.U, self._searched, self._has_begun = self.U0, [], False
+        # The error that was measured on the way is not known any more; the present one stands for it.
         for _ in range(self.last_epoch):
             self._follow(self._choose())
 
     def plan(self) -> float:
         """Follow the bound by the step size that was used, ask the monitor, and choose."""
         if self._has_begun:
+            # Read back, not remembered: a limit or a second schedule may have changed what was planned.
             used = max(float(group["lr"]) for group in self.optimizer.param_groups)
             for _ in range(self._num_calls_due):
                 self._follow(used)
         self._has_begun = True
         measured = None if self.monitor is None else self.monitor.error_model()
         if measured is not None and measured != (self.delta, self.c):
+            # A step size that was searched for another error is not the best one any more.
             (self.delta, self.c), self._searched = measured, []
         return self._choose()
 
     def state_dict(self) -> dict[str, Any]:
-        """Bound, error and settings; the monitor keeps its own state."""
+        """Return bound, error and settings; the monitor keeps its own state."""
         return {key: value for key, value in super().state_dict().items() if key != "monitor"}
 
     def _follow(self, used: float) -> None:
         for _ in range(self.num_steps_per_call):
             after = biased_sgd_step_bound(self.problem, used, self.U, self.delta, self.c).U_next
+            # Finite, because an infinite bound would stay infinite after the error has fallen.
             self.U = min(after, LARGEST)
 
     def _choose(self) -> float:

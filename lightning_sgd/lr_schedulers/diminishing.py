@@ -119,6 +119,7 @@ class DiminishingLR(PlannedLR):
         return DiminishingSteps(**self._settings)
 
     def plan(self) -> float:
-        """The step size by the number of updates of all processes together."""
+        """Return the step size by the number of updates of all processes together."""
         steps = self.steps
+        # Each process counts its own updates and takes the others to be as fast.
         return steps.at(self.last_epoch * self.num_steps_per_call * steps.num_processes)

@@ -99,6 +99,7 @@ class GradientGaussianity(ScalarMetric):
     def result(self) -> GaussianityResult:
         """Test the gradients that this rank has seen, with calibration and verdict."""
         rows = self.rows if isinstance(self.rows, Tensor) else torch.cat(self.rows or [_NOTHING])
+        # A new generator for each result: asked twice, the metric answers the same.
         generator = torch.Generator().manual_seed(self.seed)
         return gradient_gaussianity(rows, generator, self.settings)
 

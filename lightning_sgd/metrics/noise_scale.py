@@ -49,6 +49,7 @@ class GradientNoiseScale(ScalarMetric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in NAMES:
+            # In float64, because sums over many points grow while the signal in them may cancel.
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, rows: Tensor, batch_size: int) -> None:

@@ -71,7 +71,10 @@ class RankMe(ScalarMetric):
         """
         shape = tuple(features.shape)
         expect(features.ndim == 2, "features", "of shape (N, K)", shape, "Flatten or pool them.")
+        # In float64, because singular values come from squares: in float32 those below 3e-4 of the largest would be
+        # lost.
         Z = features.detach().double()
+        # Not in place: a scalar cannot broadcast itself to the shape of the first update.
         self.gram = self.gram + Z.mT @ Z
         self.total = self.total + Z.sum(dim=0)
         self.num_samples = self.num_samples + len(Z)
@@ -84,5 +87,6 @@ class RankMe(ScalarMetric):
         if self.center:
             # In float64: with a large mean this difference loses digits.
             gram = gram - torch.outer(self.total, self.total) / self.num_samples
+        # RankMe counts zeros, too, but only as many as an N × K matrix has; the Gram matrix has K.
         count = min(len(gram), int(self.num_samples))
         return rankme(gram_singular_values(gram)[:count], eps=self.eps)

@@ -114,6 +114,7 @@ class WeightRank(Metric):
         )
         self.names = names
         values = self.spectral_measures.of(matrices)
+        # Not in place: a scalar cannot broadcast itself to the shape of the first update.
         self.total = self.total + torch.stack(list(values.values())).to(self.total)
         self.num_updates = self.num_updates + 1
 
@@ -134,6 +135,7 @@ class WeightRank(Metric):
         if not self.names:
             return dict.fromkeys(self._asked(keys), torch.full_like(self.num_updates, torch.nan))
         values = dict(zip(keys, self.total / self.num_updates, strict=True))
+        # One matrix of zeros or with NaN must not decide the mean over the others.
         alive = values["frobenius_norm"].isfinite() & (values["frobenius_norm"] > 0)
         asked = self._asked(keys)
         means = {key: torch.where(alive, values[key], 0.0).sum() / alive.sum() for key in asked}

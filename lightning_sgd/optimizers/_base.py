@@ -79,10 +79,13 @@ class GroupwiseOptimizer(Optimizer):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group, which may set any of the constructor's arguments for itself."""
+        # Checked before torch appends the group: an error leaves the optimizer as it was.
         group = self.complete_group({k: plain_number(v) for k, v in param_group.items()})
         self.check_group({**self.defaults, **group})
         super().add_param_group(group)
         try:
+            # Parameters may come as a generator, which only torch may read; so they are checked after, and taken out
+            # again.
             self.check_params(self.param_groups[-1]["params"])
         except ValueError:
             del self.param_groups[-1]
@@ -109,12 +112,14 @@ class GroupwiseOptimizer(Optimizer):
         """
         loss = None
         if closure is not None:
+            # As in torch's optimizers: the caller may have switched gradients off around the step.
             with torch.enable_grad():
                 loss = closure()
         # All groups are asked before any is changed: who catches the error has the parameters of before.
         for group in self.param_groups:
             refuse_sparse(group["params"], type(self).__name__)
         for group in self.param_groups:
+            # Decided by group, because `differentiable` is a setting of a group like any other.
             with torch.set_grad_enabled(group.get("differentiable", False)):
                 self.step_group(group)
         return loss
@@ -131,11 +136,13 @@ class GroupwiseOptimizer(Optimizer):
             obstacle: Why these settings rule the fused kernel out.
         """
         foreach, fused = group["foreach"], group["fused"]
+        # The rule of torch's optimizers, too: a differentiable step goes tensor by tensor.
         if group.get("differentiable") or (foreach is False and not fused):
             return kernels.for_loop
         if foreach or fused is False:
             return kernels.foreach
         if obstacle is None and not kind.aligned:
+            # A fused kernel would not fail here: it would silently combine elements of different places.
             obstacle = "made for gradients of other strides"
         device_type = kind.device.type
         # A tensor without content cannot be compared with a known result.
@@ -167,6 +174,7 @@ class GroupwiseOptimizer(Optimizer):
             ValueError: If a state does not have the shape of its parameter, or a setting is out of range.
         """
         self._check_loadable(state_dict)
+        # torch replaces the list of groups and leaves the old ones, which still hold the constructor's values.
         own = self.param_groups
         super().load_state_dict(state_dict)
         lacking: set[str] = set()
@@ -191,9 +199,13 @@ class GroupwiseOptimizer(Optimizer):
         """Raise before anything is changed where a state does not fit its parameter."""
         name = type(self).__name__
         saved_groups = state_dict["param_groups"]
+        # Different numbers of groups or parameters are left to torch, which has its own error for them.
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
+            # A state that lacks nothing was checked when it was written; another optimizer's may hold what is refused
+            # here.
             if group.keys() - saved.keys():
                 with warnings.catch_warnings():
+                    # The same settings have warned when the optimizer was built.
                     warnings.simplefilter("ignore")
                     self.check_group({**group, **saved})
             for param, key in zip(group["params"], saved["params"], strict=False):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from lightning_sgd._validation import expect, is_finite_at_least, warn_no_effect
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least, warn_no_effect
 from lightning_sgd.functional.optim.tra import (
     InnerDecay,
     inner_step_size,
@@ -49,8 +49,9 @@ class StagedOptimizer(GroupwiseOptimizer):
         """Make the step with tensors of one type, or pieces of them."""
 
     def count(self, params: list[Tensor]) -> list[int]:
-        """Number of steps of each parameter, this one included."""
+        """Count this step for each parameter, and return the number of its steps so far."""
         for param in params:
+            # A Python number: the bias corrections need its value, and a tensor on a GPU would have to be waited for.
             self.state[param]["step"] = self.state[param].get("step", 0) + 1
         return [self.state[param]["step"] for param in params]
 
@@ -59,7 +60,10 @@ class StagedOptimizer(GroupwiseOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["lambda_w"] is None:
+            # The authors' default, a tenth of the initial step size. Fixed here: it must not follow a schedule.
             group["lambda_w"] = 0.1 * float(group["lr"])
+        # In the group, hence in checkpoints. The authors count in their training loop, and a resumed run starts a new
+        # stage.
         group.setdefault("position", 0)
         group.setdefault("stage", 0)
 
@@ -89,21 +93,27 @@ class StagedOptimizer(GroupwiseOptimizer):
         largest = ("max_exp_avg_sq",) if group.get("amsgrad") else ()
         by_type = tensors_by_type(self, group, "anchor", *self.state_names, *largest)
         for kind, lists in by_type.items():
+            # Before the update: at position 0 the anchor is where the parameters are now.
             self._move_anchors(group, lists[0], lists[2])
             lr = lr_on(kind.device, group["lr"])
             counts = self.count(lists[0])
             for indices, (params, grads, anchors, *states) in portions(lists):
                 pulled = _directions(group, params, grads, anchors, lr)
+                # The pull takes the step size of the schedule and the step the smaller one: so the pull fades within a
+                # stage.
                 inner_lr = inner_step_size(lr, group["position"], group["inner_lr_decay"])
                 steps = [counts[index] for index in indices]
                 self.update(group, kind, Portion((params, pulled, *states), inner_lr, steps))
         if by_type:
+            # A group without gradients has made no step, so its stage does not advance either.
             group["position"] = next_position(group["position"], group["inner_steps"])
             group["stage"] += group["position"] == 0
 
     def _move_anchors(self, group: ParamGroup, params: list[Tensor], anchors: list[Tensor]) -> None:
-        """Put the anchors of this stage where they are not yet."""
+        """Set the anchors that this stage does not have yet."""
         stage = group["stage"]
+        # A parameter whose first gradient comes within a stage gets its anchor then. In the authors' code it would be
+        # pulled towards zeros until the next stage.
         late = [i for i, p in enumerate(params) if self.state[p].get("stage") != stage]
         if not late:
             return
@@ -129,6 +139,7 @@ def _directions(
     anchors: list[Tensor],
     lr: float | Tensor,
 ) -> list[Tensor]:
+    # Only the loss is to be maximized: the pull comes after the sign and always points to the anchor.
     grads = list(torch._foreach_neg(raw)) if group["maximize"] else raw
     if not (group["position"] and group["lambda_w"]):
         return grads  # the anchor is where the parameters are
@@ -145,14 +156,7 @@ def check_stages(inner_steps: int, inner_lr_decay: InnerDecay, lambda_w: float |
     """
     is_count = isinstance(inner_steps, int) and inner_steps >= 1
     expect(is_count, "inner_steps", "an integer ≥ 1", inner_steps, "Try 10.")
-    names = get_args(InnerDecay)
-    expect(
-        inner_lr_decay in names,
-        "inner_lr_decay",
-        f"one of {', '.join(names)}",
-        inner_lr_decay,
-        "Leave it at 'harmonic'.",
-    )
+    expect_one_of(inner_lr_decay, InnerDecay, "inner_lr_decay", "Leave it at 'harmonic'.")
     if inner_steps == 1 and lambda_w:
         warn_no_effect(
             "`lambda_w` has no effect with stages of one step: the anchor is where w is."

@@ -58,6 +58,7 @@ def refuse_sharded(params: Iterable[Tensor], name: str) -> None:
         ValueError: If a parameter is a ``DTensor``.
     """
     for param in params:
+        # Asked by an attribute, because importing DTensor is slow and not possible in every build of torch.
         if hasattr(param, "device_mesh"):
             raise ValueError(
                 f"Expected `params` of {name} to be whole tensors, got a {type(param).__name__}. "
@@ -105,6 +106,7 @@ def tensors_by_type(
     for name in state_names:
         for param, state in zip(params, states, strict=True):
             if name not in state:
+                # The parameter's strides, too: fused kernels need them equal.
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
             elif state[name].dtype != param.dtype or state[name].device != param.device:
                 # ``module.to(…)`` converts parameters in place and knows nothing of the optimizer.
@@ -120,6 +122,7 @@ def _by_type(lists: Lists) -> dict[TensorType, Lists]:
         all(map(eq, map(Tensor.stride, params), map(Tensor.stride, tensors)))
         for tensors in lists[1:]
     )
+    # Empty lists come here, too, and must give no type at all.
     if aligned and len({(p.device, p.dtype) for p in params}) == 1:
         return {TensorType(params[0].device, params[0].dtype, aligned=True): lists}
     rows: dict[TensorType, list[tuple[Tensor, ...]]] = {}
@@ -145,7 +148,7 @@ def scalar_states(optimizer: Optimizer, params: list[Tensor], name: str) -> list
 
 
 def scalar_buffer(optimizer: Optimizer, params: list[Tensor], name: str) -> Tensor:
-    """:func:`scalar_states` as one tensor, of which the states are views: to change it is to change them.
+    """Return :func:`scalar_states` as one tensor, of which the states are views: to change it is to change them.
 
     States that are not yet, or no longer, neighbours in memory are moved.
 
@@ -155,6 +158,8 @@ def scalar_buffer(optimizer: Optimizer, params: list[Tensor], name: str) -> Tens
         name: Key of the state.
     """
     values = scalar_states(optimizer, params, name)
+    # torch knows of a view which tensor it is a part of, under a private name; a view that was replaced has another
+    # base.
     buffer = values[0]._base
     dtype, device = scalar_dtype(params[0]), params[0].device
     if (
@@ -218,6 +223,7 @@ def portions(lists: Lists, limit: int = 2**18) -> Iterator[tuple[list[int], List
         [[0, 1], [2], [2], [3]]
     """
     indices: list[int] = []
+    # Elsewhere every further portion would cost launches of kernels and save nothing.
     if lists[0][0].device.type != "cpu":
         yield list(range(len(lists[0]))), lists
         return
@@ -227,6 +233,7 @@ def portions(lists: Lists, limit: int = 2**18) -> Iterator[tuple[list[int], List
         if indices and total + size > limit:
             yield indices, tuple([tensors[i] for i in indices] for tensors in lists)
             indices, total = [], 0
+        # Only a flat view can be cut at any place without a copy.
         if size > limit and all(tensor.is_contiguous() for tensor in row):
             pieces = zip(*(tensor.view(-1).split(limit) for tensor in row), strict=True)
             yield from (([index], tuple([piece] for piece in piece_row)) for piece_row in pieces)

@@ -99,6 +99,7 @@ class MaSS(GroupwiseOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 0.1,
+        # The authors' class has κ̃ = 12, which is nearly plain SGD; their script for ResNet-32 has 2.
         alpha: float = 0.05,
         kappa_tilde: float = 2.0,
         *,
@@ -171,17 +172,20 @@ class MaSS(GroupwiseOptimizer):
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group, which may set any of the constructor's arguments for itself."""
         super().add_param_group(param_group)
+        # A scheduler has changed `lr` by the time `swap_to_w` or a restart asks for the one of the last step.
         self.param_groups[-1].setdefault("last_lr", None)
 
     def complete_group(self, group: ParamGroup) -> ParamGroup:
         """Replace ``gamma`` and ``eta2`` by the ``alpha`` and ``kappa_tilde`` that mean the same."""
         if "gamma" in group or "eta2" in group:
+            # η2 is given in units of the parameters, so it has a meaning beside a step size only.
             group.setdefault("lr", self.defaults["lr"])
             _replace_steps(group, group.pop("gamma", None), group.pop("eta2", None))
         return group
 
     def step_group(self, group: ParamGroup) -> None:
         """Make the step of one parameter group."""
+        # The authors restart with v = u at every drop, which is a momentum of zero.
         if group["restart_on_lr_drop"] and group["lr"] < (group["last_lr"] or 0.0):
             self._restart(group)
         coefficients = mass_coefficients(group["alpha"], group["kappa_tilde"])
@@ -192,6 +196,7 @@ class MaSS(GroupwiseOptimizer):
             params, grads, buffers = tensors
             lr = lr_on(kind.device, group["lr"])
             if decoupled and decay:
+                # Before the step and apart from it, as AdamW does: the compensation must not see the decay.
                 torch._foreach_mul_(params, 1 - lr * decay)
             step = self.select_kernel(_KERNELS, group, kind, obstacle)
             step(
@@ -203,6 +208,7 @@ class MaSS(GroupwiseOptimizer):
                 weight_decay=0.0 if decoupled else decay,
                 maximize=group["maximize"],
             )
+            # A copy, because schedulers write into a tensor in place.
             group["last_lr"] = lr.detach().clone() if isinstance(lr, Tensor) else lr
 
     def _restart(self, group: ParamGroup) -> None:
@@ -224,6 +230,7 @@ class MaSS(GroupwiseOptimizer):
         expect(0 < alpha <= 1, "alpha", "in (0, 1]", alpha, "Try 0.05.")
         fits = is_finite_at_least(kappa_tilde, 1)
         expect(fits, "kappa_tilde", "at least 1", kappa_tilde, "Try 2.")
+        # The slack lets `kappa_tilde=1/alpha`, plain SGD, pass although the quotient is rounded.
         if kappa_tilde > (1 / alpha) * (1 + 1e-9):
             warn_outside_intended_use(
                 f"`kappa_tilde` = {kappa_tilde:g} exceeds 1/alpha = {1 / alpha:g}: the momentum becomes negative "
@@ -256,6 +263,8 @@ class MaSS(GroupwiseOptimizer):
         try:
             with torch.no_grad():
                 for param, w in self._iterates_w():
+                    # Kept before it is changed: whatever fails in between, the way back is complete. A copy, since u +
+                    # x − x is not u.
                     kept.append((param, param.clone()))
                     param.copy_(w)
             yield

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from lightning_sgd._validation import (
     expect,
+    expect_one_of,
     is_finite_at_least,
     warn_no_effect,
     warn_outside_intended_use,
@@ -106,6 +105,7 @@ class NovoGrad(GroupwiseOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 0.01,
+        # Of OpenSeq2Seq, the code of the paper's authors; other packages have other defaults.
         betas: tuple[float, float] = (0.95, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -149,9 +149,11 @@ class NovoGrad(GroupwiseOptimizer):
 
     def step_group(self, group: ParamGroup) -> None:
         """Make the step of one parameter group."""
+        # The form of apex keeps a momentum of raw gradients, so decay cannot be inside of it.
         decoupled = group["decoupled_weight_decay"] or group["variant"] == "apex"
         decay = group["weight_decay"]
         beta1, beta2 = group["betas"]
+        # Made anew in every step, because a schedule may change any setting of a group.
         settings = NovoGradSettings(
             beta1=beta1,
             beta2=beta2,
@@ -164,11 +166,13 @@ class NovoGrad(GroupwiseOptimizer):
             params, grads, momenta = tensors
             lr = lr_on(kind.device, group["lr"])
             if decoupled and decay:
+                # Before the step and apart from it, as AdamW does.
                 torch._foreach_mul_(params, 1 - lr * decay)
             coefficients = novograd_coefficients_(
                 grads,
                 scalar_buffer(self, params, "second_moment"),
                 scalar_buffer(self, params, "max_second_moment") if group["amsgrad"] else None,
+                # The other forms correct no bias, and so need no count.
                 self._count(params) if group["variant"] == "apex" else None,
                 settings,
             )
@@ -201,16 +205,15 @@ class NovoGrad(GroupwiseOptimizer):
 def _obstacle(kind: TensorType, settings: NovoGradSettings) -> str | None:
     """Return why the fused kernel cannot make the step with these settings."""
     if kind.device.type != "cpu" and not settings.uniform:
+        # Coefficients that differ from tensor to tensor would have to be read on the host, which waits for the device.
         return "available for these settings outside the CPU"
+    # torch's kernel writes no buffer without momentum, and the one call for all tensors divides by β₁.
     return None if settings.beta1 > 0 else "made for β₁ = 0"
 
 
 def _check_variant(group: ParamGroup) -> None:
-    names, variant = get_args(NovoGradVariant), group["variant"]
-    expect(
-        variant in names, "variant", f"one of {', '.join(names)}", variant, "Leave it at 'paper'."
-    )
-    if variant != "apex":
+    expect_one_of(group["variant"], NovoGradVariant, "variant", "Leave it at 'paper'.")
+    if group["variant"] != "apex":
         return
     expect(
         not group["amsgrad"],

@@ -92,6 +92,7 @@ class TRSGD(StagedOptimizer):
         lr: float | Tensor = 0.1,
         *,
         lambda_w: float | None = None,
+        # The authors' code: 10 steps, momentum 0.9, coupled decay 1e-4, and a tenth of `lr` for the pull.
         inner_steps: int = 10,
         inner_lr_decay: InnerDecay = "harmonic",
         momentum: float = 0.9,
@@ -123,6 +124,7 @@ class TRSGD(StagedOptimizer):
 
     def update(self, group: ParamGroup, kind: TensorType, portion: Portion) -> None:
         """Make the step of SGD."""
+        # The pull is in the gradients already, so kernels make a plain step of SGD.
         step = self.select_kernel(_SGD_KERNELS, group, kind)
         decay, momentum = group["weight_decay"], group["momentum"]
         step(*portion.tensors, lr=portion.lr, momentum=momentum, weight_decay=decay)
@@ -233,6 +235,7 @@ class TRAdam(StagedOptimizer):
         """Make the step of Adam."""
         params, grads, averages, squares, *largest = portion.tensors
         beta1, beta2 = group["betas"]
+        # Made anew in every step, because a schedule may change any setting of a group.
         settings = AdamSettings(beta1, beta2, group["eps"], group["weight_decay"])
         step = self.select_kernel(_ADAM_KERNELS, group, kind)
         step(
@@ -240,6 +243,7 @@ class TRAdam(StagedOptimizer):
             grads,
             averages,
             squares,
+            # Only with `amsgrad` a fifth list comes.
             largest[0] if largest else None,
             portion.steps,
             lr=portion.lr,

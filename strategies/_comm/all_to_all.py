@@ -62,6 +62,7 @@ class AllToAll(Collectives):
         Returns:
             For each rank its ``numbers``, padded with zeros to two.
         """
+        # Padded to one size, so that metadata of two different exchanges can still be received and compared.
         mine = torch.tensor([purpose, step, layout, *numbers, 0, 0])[:METADATA_LENGTH]
         metadata = mine.repeat(self.num_ranks, 1)
         with self._timed(purpose, step):
@@ -71,6 +72,7 @@ class AllToAll(Collectives):
             # a payload of another one could be longer than the buffer that receives it.
             tag = 1 + short_hash(f"{purpose} {step} {layout}".encode()) % 2**30
             pending_payload = self._start(send, receive, self.group, step, tag)
+            # Before the payload is waited for: that of a rank in another exchange would never come.
             self._finish(pending_metadata)
             self._check(metadata)
             self._finish(pending_payload)
@@ -85,6 +87,7 @@ class AllToAll(Collectives):
         """Gather a contiguous tensor of the same shape from every rank, stacked in order of rank (into ``out``)."""
         shape = self.num_ranks, *tensor.shape
         gathered = tensor.new_empty(shape) if out is None else out.view(shape)
+        # Entries of this rank itself are not sent: `_start` passes over them.
         send, receive = dict.fromkeys(range(self.num_ranks), tensor), dict(enumerate(gathered))
         with self._timed(purpose, step):
             self._finish(self._start(send, receive, self.group, step))
@@ -109,6 +112,7 @@ class AllToAll(Collectives):
     def broadcast_object(self, thing: Any, source: int) -> Any:
         """Send a container of CPU tensors from one rank to all."""
         things = [thing]
+        # Not on the default group, where a collective of a metric may still be pending.
         dist.broadcast_object_list(things, src=source, group=self.objects)
         return things[0]
 
@@ -139,6 +143,7 @@ class AllToAll(Collectives):
         self._in_flight.remove(pending)
 
     def _check(self, metadata: Tensor) -> None:
+        # Every rank has the metadata of all, so if one raises, all do; only the first three must agree.
         if bool((metadata[:, :3] == metadata[self.rank, :3]).all()):
             return
         places = {rank: place(Purpose(p), at) for rank, (p, at, *_) in enumerate(metadata.tolist())}

@@ -52,6 +52,7 @@ class Purpose(IntEnum):
     AUDIT = 7
 
 
+# Coprime to the number of purposes, so that a purpose has different tags in 61 successive steps.
 NUM_TAGS = 61
 """Tags are small enough that sums of their squares are exact in float32 for thousands of ranks."""
 
@@ -110,6 +111,8 @@ class Collectives:
         with self._timed(Purpose.ANCHOR, step):
             for buffer in flat.buffers:
                 _stamp(buffer, _tag(Purpose.ANCHOR, step))
+                # In a group of its own: on one group gloo and NCCL finish operations in the order in which they were
+                # started.
                 work = dist.all_reduce(buffer, group=self.background, async_op=True)
                 pending.works.append(work)
                 self._count(*all_reduce_traffic(buffer.nbytes, self.num_ranks))
@@ -118,6 +121,7 @@ class Collectives:
 
     def wait_mean(self, pending: PendingMean) -> None:
         """Wait for the mean; all ranks get the same bits."""
+        # Removed before waiting: `abort`, which a failure here calls, must not keep the failed operation alive.
         self._in_flight.remove(pending)
         with self._timed(Purpose.ANCHOR, pending.step):
             pending.wait()
@@ -156,6 +160,7 @@ class Collectives:
         with self._timed(Purpose.GOSSIP, pending.step):
             pending.wait()
         for peer, buffers in pending.receive.items():
+            # Compared with the own tag, not by a sum: a message comes from one rank.
             if any(int(buffer[0]) != _tag(Purpose.GOSSIP, pending.step) for buffer in buffers):
                 self._raise_stray(peer, pending.step)
 
@@ -168,11 +173,17 @@ class Collectives:
 
     def all_equal(self, value: int, step: int) -> bool:
         """Tell whether all ranks pass the same number."""
-        extremes = torch.tensor([value, -value])
+        return self.equal([value], step)[0]
+
+    def equal(self, values: Sequence[int], step: int) -> list[bool]:
+        """Tell for each of some numbers, equally many on all ranks, whether all ranks pass the same."""
+        # The largest of −value is minus the smallest: one collective gives both ends.
+        extremes = torch.tensor([values, [-value for value in values]])
         with self._timed(Purpose.STATE, step):
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.objects)
             self._count(*all_reduce_traffic(extremes.nbytes, self.num_ranks))
-        return bool(extremes[0] == -extremes[1])
+        largest, smallest = extremes[0], -extremes[1]
+        return (largest == smallest).tolist()
 
     def gather_object(self, thing: Any, step: int) -> list[Any] | None:
         """Gather containers of CPU tensors on rank 0, in order of rank; other ranks get ``None``."""
@@ -211,6 +222,7 @@ class Collectives:
 
     def abort(self) -> None:
         """Close all connections, so that ranks that wait for this one notice its failure at once."""
+        # Handles hold their group, and the group holds its connections.
         for pending in self._in_flight:
             pending.works.clear()
         kept = [self.__dict__.pop("background", None)] if self._in_flight else []
@@ -253,5 +265,6 @@ def _stamp(buffer: Tensor, tag: int) -> None:
 
 
 def _is_stamped_alike(buffer: Tensor, num_ranks: int) -> bool:
+    # Sums of small whole numbers are exact, so equality can be asked for.
     total, squares = buffer[:HEADER].tolist()
     return bool(num_ranks * squares == total * total)

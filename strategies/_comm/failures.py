@@ -56,11 +56,14 @@ class FailureReports:
     def collect(self, place: str) -> str:
         """Report a failed exchange, such as "round after step 12", read the other reports, and return the diagnosis."""
         try:
+            # The own report first, because other ranks wait for it. An expected value of "" sets only what is not
+            # there.
             self.store.compare_set(f"report/{self.rank}", "", f"{LOST}{place}")
             self._wait_for_reports()
             reports = {rank: self._read(rank) for rank in range(self.num_ranks)}
             self.store.set(f"done/{self.rank}", "")
             self.linger(rank for rank, report in reports.items() if report)
+        # Any error: torch has no one type of error for a store that is gone.
         except Exception:
             return "Rank 0 does not answer: it failed, or was stopped, or its host is out of reach."
         return diagnose(reports)

@@ -20,6 +20,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     """
     digest = hashlib.sha256()
     for tensor in tensors:
+        # NumPy has no bfloat16, so bytes are compared; −0 and 0, or two kinds of NaN, are then different.
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return _to_int(digest.digest())
@@ -40,6 +41,7 @@ def layout(named: Iterable[tuple[str, Tensor]]) -> int:
 
 def short_hash(content: bytes) -> int:
     """Hash bytes to 63 bits of SHA-256."""
+    # Not `hash`, which Python salts anew in every process.
     return _to_int(hashlib.sha256(content).digest())
 
 

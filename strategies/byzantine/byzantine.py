@@ -8,12 +8,18 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sgd._validation import expect, warn_outside_intended_use
+from lightning_sgd._validation import (
+    expect,
+    expect_one_of,
+    expect_whole,
+    plain_number,
+    warn_outside_intended_use,
+)
 from lightning_sgd.aggregation import Aggregator, Attack, get_aggregator
 from lightning_sgd.strategies._base.common_model import BufferRule
 from lightning_sgd.strategies._base.gradient_aggregation import GradientAggregationStrategy, Workers
@@ -32,6 +38,8 @@ from lightning_sgd.strategies.byzantine.sharded_rule import (
 )
 from lightning_sgd.strategies.byzantine.simulated_attack import SimulatedAttack
 from lightning_sgd.strategies.byzantine.worker_momentum import WorkerMomentum
+
+Nonfinite: TypeAlias = Literal["drop", "raise"]
 
 
 class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
@@ -110,7 +118,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         num_byzantine: int | None = None,
         worker_momentum: float = 0.0,
         workers: Workers = "rank",
-        nonfinite: Literal["drop", "raise"] = "drop",
+        nonfinite: Nonfinite = "drop",
         attack: Attack | None = None,
         byzantine_ranks: Sequence[int] = (),
         buffers: BufferRule = "median",
@@ -131,14 +139,15 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        num_byzantine, worker_momentum = plain_number(num_byzantine), plain_number(worker_momentum)
+        audit_every, byzantine_ranks = plain_number(audit_every), plain_number(byzantine_ranks)
         if num_byzantine is None:
             num_byzantine = aggregator.num_byzantine if isinstance(aggregator, Aggregator) else 0
         self.rule = get_aggregator(aggregator, num_byzantine)
         remedy = "0.9 suits most; 0 sends gradients as they are."
         expect(0 <= worker_momentum < 1, "worker_momentum", "in [0, 1)", worker_momentum, remedy)
-        remedy = "The default is 'drop'."
-        expect(nonfinite in ("drop", "raise"), "nonfinite", "'drop' or 'raise'", nonfinite, remedy)
-        expect(audit_every >= 0, "audit_every", "at least 0", audit_every, "0 means never.")
+        expect_one_of(nonfinite, Nonfinite, "nonfinite", "The default is 'drop'.")
+        expect_whole(audit_every, 0, "audit_every", "0 means never.")
         both = (attack is None) == (not byzantine_ranks)
         remedy = "A simulated attack needs both `attack` and `byzantine_ranks`."
         expect(
@@ -194,7 +203,10 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
                 f"{self.rule.num_byzantine} of {self.num_workers} workers may be wrong. The proofs of the spectral "
                 "filter hold up to a third if all data are alike, and up to a quarter if they are not."
             )
+        # With a GradScaler a row that is not finite may be an overflow, for which there must be no result: the scaler
+        # has to see it and lower its factor.
         drops_more = self.nonfinite == "drop" and not self.has_scaler
+        # A rule of its own for each optimizer, because rules keep a state from step to step.
         self._sharded = [ShardedRule(copy.deepcopy(self.rule), drops_more) for _ in self.replicas]
         self.momenta, self._has_warned = WorkerMomentum(self.momenta.beta), False
         self.simulated_attack = self._make_attack()
@@ -203,6 +215,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
     def _make_attack(self) -> SimulatedAttack | None:
         if self.attack is None:
             return None
+        # On one device micro-batches attack, otherwise ranks with all of theirs.
         count = self.num_workers if self.workers == "micro_batch" else self.num_ranks
         known = all(0 <= rank < count for rank in self.byzantine_ranks)
         remedy = "They count from 0."
@@ -215,6 +228,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         if self.workers == "rank":
             return
         batches, k = self._trainer.num_training_batches, self._accumulation
+        # The last group of an epoch is smaller unless k divides the number of batches.
         rest = 0 if batches == float("inf") else int(batches) % k
         enough = rest == 0 or self._is_enough(rest * self.num_ranks)
         remedy = f"Set limit_train_batches to a multiple of {k}."
@@ -240,6 +254,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
 
     def prepare(self, replica: GradientReplica, rows: Tensor) -> Tensor:
         """Return the momentum of each worker instead of its gradient, or what an attacker sends."""
+        # Before the attack: an attacker replaces what the worker would have sent.
         rows = self.momenta.update(replica, rows) if self.momenta.beta else rows
         if self.simulated_attack is None:
             return rows
@@ -259,6 +274,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
             self._raise_or_warn(plan, replica.num_steps)
             return None
         self._warn_of_dropped(sharded.report)
+        # Kept for the audit, which carries it out on another shard.
         self._plan = plan
         shard = sharded.carry_out(plan, columns, previous)
         if self._measures_distances:
@@ -292,6 +308,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
     ) -> None:
         squares = squared_distances_from(columns, shard)
         if self.exchange is not None:
+            # Squares add up over shards, distances do not: the root comes last.
             squares = self.exchange.all_reduce_sum(squares, Purpose.GRADIENTS, step)
         sharded.report = replace(sharded.report, distances=squares.sqrt())
 
@@ -299,6 +316,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         """Audit the result if a period has ended."""
         step, sharded = replica.num_steps, self._sharded[replica.index]
         if self.audit_every and self.audit is not None and (step + 1) % self.audit_every == 0:
+            # By the step and not by a counter: a resumed run audits the same pairs.
             number = (step + 1) // self.audit_every - 1
             result = self.audit(number, rows, result, partial(self._recompute, replica), step)
             self.agree()

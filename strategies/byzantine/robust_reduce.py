@@ -34,6 +34,7 @@ class RobustReduce(DDPStrategy):
             group: Process group; by default of all ranks.
             reduce_op: ``mean`` or ``sum``; others are reduced as in DDP.
         """
+        # Lightning passes a word, torch's users an enumeration whose text ends in the word.
         name = str(reduce_op).rsplit(".", 1)[-1].lower()
         is_robust = self.robust_metrics and self.world_size > 1 and name in REDUCTIONS
         if not is_robust or not isinstance(tensor, Tensor):
@@ -41,6 +42,7 @@ class RobustReduce(DDPStrategy):
         rows = self._gather(tensor, group)
         is_floating = tensor.is_floating_point()
         usual = finite_median(rows.double()).to(tensor) if is_floating else most_frequent(rows)
+        # A sum of that many usual values: a wrong rank can change it no more than the median.
         return usual * len(rows) if name == "sum" else usual
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002  # as in the base

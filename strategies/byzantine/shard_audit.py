@@ -64,6 +64,7 @@ class ShardAudit:
         again = partial(recompute, owner)
         is_right = self._recompute(mine, shard, auditor, again, step)
         metadata = self.exchange.all_to_all({}, {}, [is_right], Purpose.AUDIT, step)
+        # All ranks read the same number, so either all or none come to the exchanges of the decision.
         if not metadata[auditor][0]:
             self._decide(mine, shard, (owner, auditor), again, step)
         return result
@@ -80,6 +81,8 @@ class ShardAudit:
         columns = mine.new_empty((self.exchange.num_ranks, *mine.shape)) if is_mine else mine[:0]
         receive = dict(enumerate(columns)) if is_mine else {}
         self.exchange.all_to_all({auditor: mine}, receive, [], Purpose.AUDIT, step)
+        # By bits: the same operations on the same rows give the same result, and a tolerance would leave room for a
+        # liar.
         return not is_mine or _hash(again(columns.flatten(0, 1))) == _hash(shard)
 
     def _decide(
@@ -101,12 +104,14 @@ class ShardAudit:
                 "the others: their hardware or libraries compute different bits. Set audit_every=0."
             )
             return
+        # The owner is right if what the ranks received from it is what most of them have computed.
         wrong = auditor if majority([received for _, received in metadata]) == truth else owner
         self.num_wrong[wrong] += 1
         did = "returned a wrong part of the gradient" if wrong == owner else "audited wrongly"
         rank_zero_warn(
             f"Rank {wrong} {did} after step {step}, detected by rank {owner + auditor - wrong}; it was corrected."
         )
+        # A rank whose own result is not that of the majority keeps what it received.
         if ours[0] == truth:
             shard.copy_(computed_here)
 

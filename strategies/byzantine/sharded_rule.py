@@ -144,6 +144,8 @@ class ShardedRule:
         )
         if exchange is None:
             return norms, gram
+        # Squares and products add up over shards, and all ranks get the same bits: so they decide alike without a vote.
+        # NaN in any shard makes the sum NaN.
         sums = exchange.all_reduce_sum(torch.cat([norms, gram.flatten()]), Purpose.GRADIENTS, step)
         return sums[: len(norms)], sums[len(norms) :].view(gram.shape)
 
@@ -170,6 +172,7 @@ class ShardedRule:
 
     def _report(self, passed: Sequence[int], missing: Sequence[int], plan: MixingPlan) -> None:
         found, weights, num_rows = self.rule.report, None, self.report.num_workers
+        # With one row the matrix is the shares in the result itself; otherwise coordinates decide afterwards.
         is_final = plan.matrix is not None and len(plan.matrix) == 1
         if found.weights is not None and is_final:
             weights = torch.zeros(num_rows, dtype=torch.float64)
@@ -216,6 +219,7 @@ class ShardedRule:
         whole = torch.zeros_like(gradients.rows[0])
         if self.previous is not None:
             known = self.previous[: gradients.numel].to(whole)
+            # The padding depends on the number of ranks, which may have changed since a checkpoint.
             whole[: len(known)] = known
         return whole.view(gradients.num_shards, -1)[index]
 
@@ -237,6 +241,7 @@ def _classify_rows(norms: Tensor, absent: Sequence[int]) -> tuple[list[int], lis
     for rank, num_absent in enumerate(absent):
         begin = rank * rows_per_rank
         broken = [i for i in range(begin, begin + rows_per_rank) if not norms[i].isfinite()]
+        # Absent gradients are sent as NaN, so only rows that are in fact not finite can count as absent.
         missing += broken[:num_absent]
         faulty += broken[num_absent:]
     return missing, faulty

@@ -35,6 +35,7 @@ class SimulatedAttack:
         """Return what a rank sends instead of its rows, of shape (k, d)."""
         if self.attack.scope != "own" or self.num_ranks == 1 or rank not in self.ranks:
             return rows
+        # Attacks of this scope know of no honest rows.
         return self.attack(rows[:0], rows, _generator(rows, step, rank))
 
     def on_columns(self, columns: Tensor, shard: int, step: int) -> Tensor:

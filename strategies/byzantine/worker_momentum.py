@@ -27,6 +27,7 @@ class WorkerMomentum:
         momentum = self._momenta.get(replica.index)
         if momentum is None or not _covers(momentum, rows):
             momentum = self._momenta[replica.index] = _grown(momentum, rows)
+        # At the end of an epoch there may be fewer micro-batches; the momenta of the others wait.
         return worker_momentum(momentum[: len(rows)], rows, self.beta)
 
     def state_dict(self, replicas: list[GradientReplica]) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class FlatBuffers:
         self.tensors = unique(tensors)
         self._exact = exact
         self._keys = [self._key(tensor) for tensor in map(real, self.tensors)]
+        # In order of first occurrence, which is that of the parameters and so the same on all ranks: buffers need no
+        # names.
         sizes = dict.fromkeys(self._keys, HEADER)
         for key, tensor in zip(self._keys, map(real, self.tensors), strict=True):
             sizes[key] += tensor.numel()
@@ -101,6 +103,7 @@ def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         tensor(7.)
     """
     pairs = zip(tensors, others, strict=False)
+    # A norm of norms: the difference of two whole models is never in memory at once.
     norms = [torch.linalg.vector_norm(real(x) - real(y)) for x, y in pairs]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total

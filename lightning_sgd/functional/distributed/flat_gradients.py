@@ -44,6 +44,7 @@ class FlatGradients:
         self._shapes = [real(tensor).shape for tensor in self.tensors]
         self._sizes = [shape.numel() for shape in self._shapes]
         self.numel = sum(self._sizes)
+        # Rounded up, because shards of an all-to-all must be of equal length; the padding is zero in every row.
         self.num_shards, self.shard_size = num_shards, -(-self.numel // num_shards)
         shape = num_rows, self.shard_size * num_shards
         self.rows = torch.zeros(shape, dtype=self._dtype(), device=self._device())
@@ -77,12 +78,15 @@ class FlatGradients:
         row = self.rows[self.num_packed]
         self.num_packed += 1
         if absent:
+            # NaN tells a missing gradient from a gradient of zero, and travels with the row without a message of its
+            # own.
             row[: self.numel].fill_(torch.nan)
             return
         into, source = [], []
         for index, (tensor, view) in enumerate(zip(self.tensors, self.views(row), strict=True)):
             gradient = tensor.grad
             if gradient is None:
+                # The row still holds the values of an earlier step.
                 view.zero_()
                 continue
             if gradient.is_sparse:
@@ -108,6 +112,7 @@ class FlatGradients:
         into, source = [], []
         for tensor, view, is_used in zip(self.tensors, self.views(row), used, strict=True):
             if not is_used:
+                # An optimizer skips `None`, but decays weights and moves momentum for a gradient of zeros.
                 tensor.grad = None
                 continue
             if tensor.grad is None:
@@ -122,6 +127,7 @@ class FlatGradients:
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _dtype(self) -> torch.dtype:
+        # One type for the whole row, the widest: distances between gradients are taken over all parameters at once.
         dtype = torch.float32
         for tensor in self.tensors:
             dtype = torch.promote_types(dtype, accumulation_dtype(real(tensor).dtype))

@@ -47,6 +47,8 @@ def weighted_differences(
     """
     total = torch.zeros_like(sent, dtype=dtype)
     for tensor, weight in zip(received, weights, strict=True):
+        # Of what was sent, not of the own model before rounding: only then do the differences of two ranks cancel in
+        # the mean.
         total.add_(tensor.to(dtype) - sent.to(dtype), alpha=weight)
     return total
 
@@ -123,11 +125,14 @@ class AdaptivePeriod:
         """
         if not (math.isfinite(loss) and loss > 0):
             return
+        # From the first loss and not from 0, with which the first mean would be half of it.
         if math.isnan(self.reference):
             self.reference = loss
         elif step < self.warmup_steps:
             self.reference = (self.reference + loss) / 2
         if step >= self.warmup_steps:
+            # Every rank must come to the same H, or some would wait in an all-reduce and others for neighbours: hence
+            # the mean loss.
             period = math.ceil((self.reference / loss) ** 0.25 * self.initial)
             self.value = min(max(period, self.smallest), self.largest)
 

@@ -15,6 +15,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+# Weights such as ⅓ sum to one up to rounding only.
 TOLERANCE = 1e-12
 
 
@@ -40,6 +41,7 @@ class Mixing:
     ) -> None:
         self.num_ranks, self.num_rounds = num_ranks, num_rounds
         self._rows = [
+            # A weight of zero needs no message.
             [{j: w for j, w in row(rank, t).items() if w} for rank in range(num_ranks)]
             for t in range(num_rounds)
         ]
@@ -51,6 +53,7 @@ class Mixing:
             rank: The rank [i].
             round_index: Number of the round, from 0.
         """
+        # Sorted, so that every run adds up in the same order and rounds alike.
         return {j: w for j, w in sorted(self._row(rank, round_index).items()) if j != rank}
 
     def send(self, rank: int, round_index: int) -> list[int]:
@@ -61,6 +64,7 @@ class Mixing:
             round_index: Number of the round, from 0.
         """
         others = (i for i in range(self.num_ranks) if i != rank)
+        # From the rows of the receivers, so that a message is never sent to nobody or awaited in vain.
         return [i for i in others if rank in self._row(i, round_index)]
 
     def matrix(self, round_index: int = 0) -> Tensor:
@@ -110,6 +114,7 @@ def contraction(matrix: Tensor) -> float:
         (1.0, 0.0)
     """
     centred = matrix.double() - 1 / len(matrix)
+    # Not by eigenvalues: matrices of directed graphs are not symmetric.
     return float(torch.linalg.matrix_norm(centred, ord=2))
 
 

@@ -87,6 +87,7 @@ class Ring(Topology):
 
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
         """Return the weights, the same in every round."""
+        # A set: of two ranks both neighbours are the same, which has weight ½ and not ⅔.
         return _evenly({(rank + step) % num_ranks for step in (-1, 0, 1)})
 
 
@@ -126,9 +127,11 @@ class Torus(Topology):
         return _evenly({rank, *vertical, *horizontal})
 
     def _sides(self, num_ranks: int) -> tuple[int, ...]:
+        # Below three rows or columns both neighbours of a rank would be the same.
         heights = range(3, num_ranks // 3 + 1) if self.rows is None else (self.rows,)
         sides = [(h, num_ranks // h) for h in heights if h >= 3 and num_ranks % h == 0]
         fitting = [(h, w) for h, w in sides if w >= 3]
+        # The grid nearest to a square has the smallest β.
         return min(fitting, key=lambda side: abs(side[0] - side[1]), default=())
 
 
@@ -236,9 +239,12 @@ class FromGraph(Topology):
         if not hasattr(graph, "edges"):
             graph = _networkx(graph)
         nodes = list(graph.nodes)
+        # networkx lists nodes in the order in which edges name them; numbered ones are to be the ranks of these
+        # numbers.
         order = sorted(nodes) if set(nodes) == set(range(len(nodes))) else nodes
         ranks = {node: rank for rank, node in enumerate(order)}
         self.num_nodes, self.is_directed = len(order), bool(graph.is_directed())
+        # Every rank keeps its own model anyway, so loops say nothing.
         edges = {(ranks[a], ranks[b]) for a, b in graph.edges() if a != b}
         self.edges = edges if self.is_directed else edges | {(b, a) for a, b in edges}
         self._degrees = Counter(a for a, _ in self.edges)
@@ -258,10 +264,12 @@ class FromGraph(Topology):
     def row(self, rank: int, round_index: int, num_ranks: int) -> Mapping[int, float]:
         """Return the weights, the same in every round."""
         row = {a: self._weight(a, b) for a, b in self.edges if b == rank}
+        # The rest goes to the own model: rows sum to one by construction, columns by symmetry or by equal degrees.
         return {**row, rank: 1 - sum(row.values())}
 
     def _weight(self, a: int, b: int) -> float:
         rivals = (
+            # One weight for all edges of a directed graph: with weights by pairs columns would not sum to one.
             self._degrees.values() if self.is_directed else (self._degrees[a], self._degrees[b])
         )
         return 1 / (1 + max(rivals))

@@ -96,7 +96,7 @@ def broadcast_traffic(num_bytes: int, num_ranks: int) -> tuple[float, int]:
 
 
 def blocked_share(traffic: Traffic, seconds: float) -> float:
-    """Part of the time in which a rank waited.
+    """Return the part of the time in which a rank waited.
 
     Args:
         traffic: What it waited.
@@ -106,4 +106,5 @@ def blocked_share(traffic: Traffic, seconds: float) -> float:
         >>> blocked_share(Traffic(seconds=0.5), 2.0)
         0.25
     """
+    # Times zero, so that an unknown time, which is NaN, stays unknown.
     return traffic.seconds / seconds if seconds > 0 else 0.0 * traffic.seconds

@@ -64,6 +64,7 @@ class LadderSums:
             num_samples: Samples in all of the blocks.
             num_zeros: Zeros among them.
         """
+        # Products of counts, too: zeros have no logarithm, so the mean of a level is a ratio of two random sums.
         both = torch.cat([logs, counts], dim=1)
         numbers = logs.new_tensor([len(logs), num_samples, num_zeros])
         return cls(logs.sum(0), counts.sum(0), both.mT @ both, *numbers.unbind())
@@ -138,6 +139,7 @@ def coordinate_sums(rows: Tensor, levels: int) -> tuple[LadderSums, Tensor]:
     # Blocks in which no column is alive have no logarithm at all.
     found = alive.any(1) if whole else torch.zeros(0, dtype=torch.bool, device=rows.device)
     table = torch.where(alive, torch.stack(means), 0.0).sum(2) / alive.sum(1)
+    # As many as there are sums at each level, so that the fit weighs levels as in a pooled sequence.
     counts = 0.5 ** torch.arange(levels + 1, dtype=torch.float64, device=rows.device) * 2**levels
     counts = counts.expand(int(found.sum()), -1)
     sums = LadderSums.of_blocks(table.mT[found] * counts, counts, rows[:whole].numel(), num_zeros)
@@ -159,6 +161,7 @@ def _pooled_chunk(chunk: Tensor, levels: int, memory: Tensor) -> LadderSums:
             num_zeros = num_samples - int(count.sum())
         if level < levels:
             half = other[: values.numel() // 2]
+            # The two halves of the memory take turns; nothing is allocated.
             values, other = torch.add(values[0::2], values[1::2], out=half), values
     table, numbers = torch.stack(logs, dim=1), torch.stack(counts, dim=1)
     return LadderSums.of_blocks(table, numbers, num_samples, num_zeros)
@@ -179,6 +182,7 @@ def _log_sums(values: Tensor) -> tuple[Tensor, Tensor]:
 def _log_of_products(values: Tensor) -> Tensor | None:
     """Return Σ ln|v| of each row as Σ ln|Πv|; ``None`` if a product is zero, subnormal (rounded), or not finite."""
     num_rows, width = values.shape
+    # Groups must fill a row, or products would mix samples of two blocks.
     group = math.gcd(width, PRODUCT)
     values = values.view(num_rows, width // group, group).prod(dim=2).abs()
     smallest, largest = values.aminmax()

@@ -91,6 +91,7 @@ def direction_tests(
         >>> found.rejected > 0.9, found.limit < 0.2, found.p_value
         (True, True, 0.01)
     """
+    # Exactly equal, as of a dead unit: tests are not defined there, and their NaN would count as accepted.
     varies = (projections != projections[:, :1]).any(dim=1)
     usable, num_constant = _scaled(projections[varies]), int((~varies).sum())
     if not len(usable) or not bool(usable.isfinite().all()):

@@ -63,6 +63,7 @@ class Columns(ABC):
             tensors: One tensor for each parameter, in order.
         """
         parts = [self.part(number, tensor) for number, tensor in enumerate(tensors)]
+        # One type for a row, although parameters may have several.
         wide = wide_dtype(parts)
         return torch.cat([part.to(wide) for part in parts])
 
@@ -119,6 +120,7 @@ class Coordinates(Columns):
         flat, index = flattened(tensor), self.indices[number]
         if index is None:
             return flat
+        # Kept where the gradients are, so that it is copied once.
         self.indices[number] = index = index.to(flat.device)
         return flat[index]
 
@@ -143,6 +145,7 @@ def flattened(tensor: Tensor) -> Tensor:
 
 
 def _one_in_each_part(size: int, num: int, generator: torch.Generator) -> Tensor:
+    # In float64: float32 cannot tell neighbouring coordinates apart from 2²⁴ on.
     places = torch.arange(num, dtype=torch.float64)
     places = (places + torch.rand(num, dtype=torch.float64, generator=generator)) * (size / num)
     return places.long().clamp(max=size - 1)

@@ -62,6 +62,8 @@ def gradient_tail_index(
         (2.0, True)
     """
     noise, differences = sample.noise.flatten(), sample.differences
+    # A permutation keeps the values and destroys their order: where the index changes with it, the entries are not
+    # alike.
     order = torch.randperm(noise.numel(), generator=generator).to(noise.device)
     parts = sample.layers.items() if layers else ()
     return GradientTailIndex(

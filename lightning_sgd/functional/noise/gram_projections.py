@@ -39,6 +39,7 @@ def noise_gram(rows: Tensor) -> Tensor:
     gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     for part in torch.split(rows, CHUNK, dim=1):
         wide = part.double()
+        # The mean is subtracted from the rows and not from their products, where nearly equal numbers would cancel.
         gram += gram_matrix(wide - wide.mean(dim=0))
     return gram
 

@@ -92,11 +92,13 @@ def gradient_noise(rows: Tensor, batch_size: int) -> GradientNoise:
     left = _estimates(own.sum() - own, total - 2 * gram.sum(dim=1) + own, m - 1, batch_size)
     spread = torch.stack(left)
     spread = spread - spread.mean(dim=1, keepdim=True)
+    # The jackknife: estimates without one of m differ little, and their spread times (m − 1)/m is the variance.
     (var_trace, cov), (_, var_sq) = ((m - 1) / m * spread @ spread.T).tolist()
     return GradientNoise(float(trace), float(gradient_sq), var_trace, var_sq, cov, m - 1)
 
 
 def _estimates(squares: Tensor, total: Tensor, m: int, b: int) -> tuple[Tensor, Tensor]:
+    # Pairs of different gradients only: their noise is independent, so it does not lengthen the product on average.
     gradient_sq = (total - squares) / (m * (m - 1))
     return b * (squares / m - gradient_sq), gradient_sq
 

@@ -124,8 +124,10 @@ def anderson_darling(samples: Tensor, dim: int = -1) -> NormalityTest:
     """
     rows = _standardized(_sorted(samples, dim))
     num = rows.shape[-1]
+    # Rows have length one; times √(n − 1) they have the standard deviation one of n − 1 degrees of freedom.
     y = rows * math.sqrt(num - 1)
     odd = torch.arange(1, 2 * num, 2, dtype=y.dtype, device=y.device)
+    # Not the logarithm of Φ, which is log 0 in the lower tail; and Φ(−y) for 1 − Φ(y), which cancels in the upper one.
     logs = torch.special.log_ndtr(y) + torch.special.log_ndtr(-y.flip(-1))
     statistic = -num - (logs @ odd) / num
     return NormalityTest(statistic, _stephens(statistic * (1 + 0.75 / num + 2.25 / num**2)))
@@ -164,6 +166,7 @@ def jarque_bera(samples: Tensor, dim: int = -1) -> NormalityTest:
     rows = _standardized(_rows(samples, dim, math.inf))
     num = rows.shape[-1]
     squares = rows.square()
+    # Rows have length one, so moments in units of the standard deviation need a power of n only.
     skewness = (squares * rows).sum(dim=-1) * math.sqrt(num)
     kurtosis = squares.square().sum(dim=-1) * num - 3
     statistic = num / 6 * (skewness.square() + kurtosis.square() / 4)
@@ -215,10 +218,12 @@ def _weights(num: int) -> Tensor:
     """Compute the weights a, antisymmetric and of length one."""
     if num == MIN_SAMPLES:
         return torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) / math.sqrt(2)
+    # Blom's approximation of the expected order statistics of normal samples.
     places = (torch.arange(1, num + 1, dtype=torch.float64) - 0.375) / (num + 0.25)
     scores = torch.special.ndtri(places)
     weights = scores / _length(scores)
     ends = [_polynomial(_LAST, num**-0.5) + float(weights[-1])]
+    # For up to five samples Royston corrects only the outermost weights.
     if num > 5:
         ends.append(_polynomial(_LAST_BUT_ONE, num**-0.5) + float(weights[-2]))
     inner = scores[len(ends) : num - len(ends)]
@@ -231,12 +236,14 @@ def _weights(num: int) -> Tensor:
 def _p_value_of_rest(rest: Tensor, num: int) -> Tensor:
     """Compute Royston's p-value of W from 1 - W."""
     if num == MIN_SAMPLES:
+        # Three samples have an exact law: W is between 3/4 and 1.
         angle = (1 - rest).sqrt().asin() - math.asin(math.sqrt(0.75))
         return (6 / math.pi * angle).clamp(0.0, 1.0)
     log_rest = rest.log()
     if num <= _FEW:
         shifted = _polynomial(_FEW_SHIFT, num) - log_rest
         mean, spread = _polynomial(_FEW_MEAN, num), math.exp(_polynomial(_FEW_SPREAD, num))
+        # Beyond the shift the transform is not defined: W is so small that p is zero, which an infinite z gives.
         z = torch.where(shifted > 0, (-shifted.log() - mean) / spread, torch.inf)
         z = torch.where(shifted.isnan(), torch.nan, z)
     else:
@@ -251,6 +258,7 @@ def _stephens(adjusted: Tensor) -> Tensor:
     x = adjusted.clamp(max=_TURNING_POINT)
     p_value = torch.full_like(x, torch.nan)
     for begin, coefficients in reversed(_LOWER):
+        # 1 − exp without cancellation where p is small.
         p_value = torch.where(x >= begin, -torch.expm1(_polynomial(coefficients, x)), p_value)
     for begin, coefficients in reversed(_UPPER):
         p_value = torch.where(x >= begin, torch.exp(_polynomial(coefficients, x)), p_value)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_sgd._validation import expect
 
+# Computed with SciPy for symmetric laws instead of copied from the published table.
 _QUANTILE_RATIOS = {
     2.0: 2.4387,
     1.9: 2.5128,
@@ -34,7 +35,7 @@ _QUANTILE_RATIOS = {
 
 
 def hill_tail_index(samples: Tensor, num_largest: int) -> float:
-    r"""Hill's estimator: :math:`k / \sum_{i\le k} \ln(X_{(i)}/X_{(k+1)})` with magnitudes in descending order.
+    r"""Compute Hill's estimator: :math:`k / \sum_{i\le k} \ln(X_{(i)}/X_{(k+1)})` with magnitudes in descending order.
 
     For a stable law near α = 2 it is far too high unless k is tiny, because the power law begins far out.
 
@@ -57,7 +58,7 @@ def hill_tail_index(samples: Tensor, num_largest: int) -> float:
 
 
 def pickands_tail_index(samples: Tensor, num_largest: int) -> float:
-    r"""Pickands' estimator by the magnitudes of ranks k, 2k and 4k; noisy, negative for light tails.
+    r"""Compute Pickands' estimator from the magnitudes of ranks k, 2k and 4k; noisy, negative for light tails.
 
     .. math:: \ln 2 \Big/ \ln\frac{X_{(k)} - X_{(2k)}}{X_{(2k)} - X_{(4k)}}
 
@@ -85,7 +86,7 @@ def pickands_tail_index(samples: Tensor, num_largest: int) -> float:
 
 
 def dedh_tail_index(samples: Tensor, num_largest: int) -> float:
-    r"""The moment estimator of Dekkers, Einmahl and de Haan, 1/γ, which also sees that a tail is light.
+    r"""Compute the moment estimator of Dekkers, Einmahl and de Haan, 1/γ, which also sees that a tail is light.
 
     .. math:: \gamma = M_1 + 1 - \tfrac12 \big/ (1 - M_1^2/M_2)
 
@@ -114,7 +115,7 @@ def dedh_tail_index(samples: Tensor, num_largest: int) -> float:
 
 
 def mcculloch_tail_index(samples: Tensor) -> float:
-    """McCulloch's estimator: (q₉₅ − q₀₅)/(q₇₅ − q₂₅), looked up in its table for symmetric stable laws.
+    """Look up (q₉₅ − q₀₅)/(q₇₅ − q₂₅) in a table for symmetric stable laws: McCulloch's estimator.
 
     The result is between 0.8 and 2, where the table ends. Cost: one sort of the samples.
 
@@ -164,6 +165,7 @@ def ecf_tail_index(samples: Tensor, arguments: tuple[float, float] = (0.2, 1.0))
     is_pair = first > 0 and second > 0 and first != second
     expect(is_pair, "arguments", "two different positive numbers", arguments, "Try (0.2, 1).")
     flat = samples.detach().flatten().double()
+    # The median: a heavy tail has no standard deviation to scale by.
     scale = flat.abs().median()
     decays = [
         float(torch.exp(1j * t * flat / scale).mean().abs().log().neg()) for t in (first, second)

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 from lightning_sgd.functional.noise.dyadic_ladder import (
     LadderSums,
     coordinate_sums,
@@ -95,11 +95,13 @@ def log_moment_tail_index(
     # Subtracting the mean of the same samples makes sums too small, hence α too large.
     blocks = (flat - flat.mean() if center else flat)[: flat.numel() // length * length]
     blocks = blocks.view(-1, length)
+    # The authors' code adds 2.2e-16 inside of the logarithms instead, which makes the index depend on the scale.
     logs, nonzero = _logs(blocks)
     sums, filled = _logs(blocks.sum(1))
     # Each mean over the values that are not zero, which may be different numbers of them.
     growth = sums.sum() / filled.sum() - logs.sum() / nonzero.sum()
     usable = filled & nonzero.any(1)
+    # The spread over blocks and not the formula for independent stable samples, which gradients are not.
     each = sums[usable] - (logs.sum(1) / nonzero.sum(1))[usable]
     spread = float(each.std() / math.sqrt(len(each))) if len(each) > 1 else math.nan
     alpha, error = _inverse(float(growth) / math.log(length), spread / math.log(length))
@@ -136,6 +138,7 @@ def dyadic_tail_index(
         >>> abs(result.alpha - 2) < 3 * result.standard_error, result.verdict
         (True, 'finite variance')
     """
+    expect_one_of(dim, Literal[0] | None, "dim")
     if not isinstance(samples, Tensor):
         return tail_index_of(stream_sums(samples, MAX_LEVELS if levels is None else levels))
     length = samples.numel() if dim is None else len(samples)
@@ -210,6 +213,8 @@ def largest_divisor(num: int) -> int:
 
 
 def _block_length(num: int, wanted: int | Literal["sqrt"]) -> int:
+    if isinstance(wanted, str):
+        expect_one_of(wanted, Literal["sqrt"], "block_length", "Or give a number.")
     length = largest_divisor(num) if wanted == "sqrt" else wanted
     remedy = "Leave some samples out if their number has no such divisor, or give a block length."
     expect(2 <= length <= num, "block_length", f"between 2 and the {num} samples", length, remedy)
@@ -265,6 +270,7 @@ class LadderFit:
         slope, error = self.combine(self.slope_weights())
         if not (math.isfinite(slope) and math.isfinite(error)):
             return "undecided"
+        # The slope is 1/α: above ½ the index is below 2.
         if slope - SIGMAS * error > 0.5 and self._is_flat():
             return "stable"
         high, spread = self.combine(self.slope_weights(self.sums.levels // 2))
@@ -278,6 +284,7 @@ class LadderFit:
         if rank == 0 or num_blocks <= rank + 1:
             return False
         gaps, spread = local @ self.means, local @ self.covariance @ local.mT
+        # A pseudo-inverse, because the covariance is singular for samples that are all alike.
         squared = float(gaps @ torch.linalg.pinv(spread, hermitian=True) @ gaps)
         den = num_blocks - rank
         return _f_survival(squared * den / (rank * (num_blocks - 1)), rank, den) >= FLAT_P

@@ -87,6 +87,7 @@ def small_by_shape(tensors: list[Tensor]) -> tuple[list[list[int]], list[int]]:
         >>> small_by_shape([torch.zeros(shape) for shape in (3, (2, 5000), 3, 4)])
         ([[0, 2]], [1, 3])
     """
+    # Only contiguous tensors of one shape: the copy walks through memory, and other strides would pair wrong elements.
     by_shape: dict[torch.Size, list[int]] = {}
     others = []
     for place, tensor in enumerate(tensors):
@@ -96,6 +97,7 @@ def small_by_shape(tensors: list[Tensor]) -> tuple[list[list[int]], list[int]]:
             others.append(place)
     portions = []
     for shape, places in by_shape.items():
+        # Copying a single tensor costs a pass over it and saves no call.
         if len(places) == 1:
             others += places
         else:
@@ -135,6 +137,7 @@ def squared_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         >>> squared_norms([torch.tensor([3.0, 4.0]), torch.ones(2, 2)], torch.float32)
         tensor([25.,  4.])
     """
+    # A GPU adds up in a tree, so its rounding error does not grow with the number of elements as on a CPU.
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square()
     portions, others = small_by_shape(tensors)
@@ -144,6 +147,7 @@ def squared_norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         norms.append(torch.stack([_norm(tensors[i], dtype) for i in others]))
     squares = (torch.cat(norms) if len(norms) > 1 else norms[0]).square()
     return (
+        # The norms were found shape by shape; the caller's order comes back without a copy where nothing was moved.
         squares if places == list(range(len(places))) else squares[torch.tensor(places).argsort()]
     )
 
@@ -155,6 +159,7 @@ def _norms_of_rows(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Up to four blocks the error of one sum is still near 1e-6.
     if tensor.numel() > 4 * _BLOCK:
         return _norm_by_blocks(tensor, dtype)
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)

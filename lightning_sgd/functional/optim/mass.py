@@ -88,10 +88,12 @@ def mass_parameters_from_steps(gamma: float, eta2: float, lr: float) -> tuple[fl
         >>> mass_parameters_from_steps(gamma=0.5, eta2=0.0, lr=0.1)
         (0.3333333333333333, 1.0)
     """
+    # κ̃ = 1/(1 − r(1+α)) is positive and finite only for r < 1/(1+α) = (1+γ)/2, hence the limit below.
     remedy = "MaSS needs the acceleration below 1 and a compensation smaller than the step itself."
     expect(0 <= gamma < 1, "gamma", "in [0, 1)", gamma, remedy)
     limit = lr * (1 + gamma) / 2
     expect(
+        # With lr = 0, as at the start of a warm-up, the interval is empty, and Nesterov must stay possible.
         0 <= eta2 < limit or eta2 == 0,
         "eta2",
         f"in [0, lr·(1+gamma)/2) = [0, {limit:g})",
@@ -130,6 +132,7 @@ def mass_for_loop_(
             grad = grad.add(param, alpha=weight_decay)
         buffer.mul_(coefficients.gamma).add_(grad, alpha=coefficients.gain)
         if isinstance(lr, Tensor):
+            # A tensor as `alpha` would be read back to the host, which waits for the device and cuts autograd.
             param.sub_(grad * lr).sub_(buffer * (lr * coefficients.scale))
         else:
             param.add_(grad, alpha=-lr).add_(buffer, alpha=-lr * coefficients.scale)
@@ -145,7 +148,10 @@ def mass_foreach_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """:func:`mass_for_loop_` on whole lists of one device and dtype: the same operations in the same order."""
+    """Make the step of :func:`mass_for_loop_` on whole lists: the same operations in the same order.
+
+    The tensors of a list are of one device and dtype.
+    """
     if maximize:
         grads = list(torch._foreach_neg(grads))
     if weight_decay:
@@ -170,7 +176,7 @@ def mass_fused_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """:func:`mass_for_loop_` as one call of torch's fused Nesterov kernel, for γ > 0.
+    """Make the step of :func:`mass_for_loop_` as one call of torch's fused Nesterov kernel, for γ > 0.
 
     The public ``torch.optim.SGD`` refuses Nesterov together with dampening; the kernel behind it does not.
     Ask :func:`fused_mass_works` first: the kernel is private API.
@@ -182,13 +188,16 @@ def mass_fused_(
         weight_decay=weight_decay,
         momentum=coefficients.gamma,
         lr=lr,
+        # The kernel weighs new gradients with 1 − dampening, which has to be (γ − r)/γ for a buffer that holds b/γ.
         dampening=1 - coefficients.gain,
         nesterov=True,
         maximize=maximize,
+        # A first step would copy the gradient into the buffer without dampening; ours starts from zeros instead.
         is_first_step=False,
     )
 
 
+# One probe for each kind of device and type. While torch.compile traces, a probe would become part of the graph.
 @cache
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no annotations here
 def fused_mass_works(device_type: str, dtype: torch.dtype) -> bool:
@@ -208,6 +217,7 @@ def fused_mass_works(device_type: str, dtype: torch.dtype) -> bool:
         partial(mass_fused_, [param], [grad], [buffer], lr=0.125, coefficients=coefficients)
     ):
         return False
+    # 0.675 and 1.2 are no binary fractions, so the kernel may round in another order than the test does.
     tolerance = 4 * torch.finfo(dtype).eps
     exact = (param / one - 0.675).abs() < tolerance, (buffer / one - 1.2).abs() < 2 * tolerance
     return all(bool(near.all()) for near in exact)

@@ -77,12 +77,15 @@ def mass_hyperparameters(
         (0.13787336, 0.98537632)
     """
     _check_spectrum(L, L1, kappa_tilde)
+    # SGD never moves along directions with eigenvalue zero, so they do not slow it down either.
     expect(0 < mu <= L, "mu", f"in (0, L] = (0, {L:g}]", mu, "Leave zero eigenvalues out.")
     expect(batch_size >= 1, "batch_size", "at least 1", batch_size, "Count samples per step.")
+    # For m = 1 these are L₁ and κ̃ themselves, without rounding.
     L_m = L1 / batch_size + (1 - 1 / batch_size) * L
     kappa_m = L_m / mu
     kappa_tilde_m = kappa_tilde / batch_size + (1 - 1 / batch_size)
     alpha = 1 / math.sqrt(kappa_m * kappa_tilde_m)
+    # With m samples behind a step κ̃_m takes the place of κ̃ in the update; m → ∞ gives Nesterov's method.
     coefficients = mass_coefficients(alpha, kappa_tilde_m)
     return MaSSHyperParameters(
         eta1=1 / L_m,
@@ -114,6 +117,7 @@ def critical_batch_sizes(L: float, L1: float, kappa_tilde: float) -> tuple[float
         (5.4387, 130.0)
     """
     _check_spectrum(L, L1, kappa_tilde)
+    # κ_m saturates at m = L₁/L and κ̃_m at m = κ̃. One saturated factor turns 1/m into 1/√m, two end the gain.
     return min(L1 / L, kappa_tilde), max(L1 / L, kappa_tilde)
 
 

@@ -32,7 +32,9 @@ class AdamSettings:
     weight_decay: float
 
     def corrections(self, t: int) -> tuple[float, float]:
-        """Factor of the step size at step t, and the root of the bias of the second moments."""
+        """Return the factor of the step size at step t, and the root of the bias of the second moments."""
+        # The authors' code adds ε before the bias is corrected, as old versions of torch did; `torch.optim.Adam` adds
+        # it after.
         root = math.sqrt(1 - self.beta2**t)
         return root / (1 - self.beta1**t), root
 
@@ -58,8 +60,10 @@ def sgd_for_loop_(
     """
     for param, raw, buffer in zip(params, grads, momenta, strict=True):
         grad = raw.add(param, alpha=weight_decay) if weight_decay else raw
+        # Zeros need no special first step: μ·0 + g is what torch's optimizer copies there.
         buffer.mul_(momentum).add_(grad)
         if isinstance(lr, Tensor):
+            # A tensor as `alpha` would be read back to the host, which waits for the device.
             param.sub_(buffer * lr)
         else:
             param.add_(buffer, alpha=-lr)
@@ -74,7 +78,10 @@ def sgd_foreach_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """:func:`sgd_for_loop_` on whole lists of one device and dtype: the same operations in the same order."""
+    """Make the step of :func:`sgd_for_loop_` on whole lists: the same operations in the same order.
+
+    The tensors of a list are of one device and dtype.
+    """
     if weight_decay:
         grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
     torch._foreach_mul_(momenta, momentum)
@@ -94,10 +101,11 @@ def sgd_fused_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """:func:`sgd_for_loop_` as one call of torch's kernel, which is private API: ask :func:`fused_sgd_works` first."""
+    """Make the step of :func:`sgd_for_loop_` as one call of torch's kernel, if :func:`fused_sgd_works`."""
     torch._fused_sgd_(
         params,
         grads,
+        # Without momentum torch's optimizer hands over no buffers either.
         momenta if momentum else [],
         weight_decay=weight_decay,
         momentum=momentum,
@@ -140,6 +148,7 @@ def adam_for_loop_(
         v.mul_(settings.beta2).addcmul_(grad, grad, value=1 - settings.beta2)
         factor, _ = settings.corrections(steps[index])
         if largest is None:
+            # Outside of the root, where ε has the unit of a gradient; inside it would be that of a squared one.
             denominator = v.sqrt().add_(settings.eps)
         else:
             largest[index].copy_(torch.maximum(largest[index], v))
@@ -161,7 +170,10 @@ def adam_foreach_(
     lr: float | Tensor,
     settings: AdamSettings,
 ) -> None:
-    """:func:`adam_for_loop_` on whole lists of one device and dtype: the same operations in the same order."""
+    """Make the step of :func:`adam_for_loop_` on whole lists: the same operations in the same order.
+
+    The tensors of a list are of one device and dtype.
+    """
     if settings.weight_decay:
         grads = list(torch._foreach_add(grads, params, alpha=settings.weight_decay))
     torch._foreach_lerp_(averages, grads, 1 - settings.beta1)
@@ -171,6 +183,7 @@ def adam_foreach_(
         torch._foreach_maximum_(largest, squares)
     denominators = list(torch._foreach_sqrt(squares if largest is None else largest))
     torch._foreach_add_(denominators, settings.eps)
+    # Parameters that joined late, or had no gradient at times, count their own steps and so have factors of their own.
     factors = [settings.corrections(t)[0] for t in steps]
     if isinstance(lr, Tensor):
         updates = list(torch._foreach_div(averages, denominators))
@@ -191,14 +204,16 @@ def adam_fused_(
     lr: float | Tensor,
     settings: AdamSettings,
 ) -> None:
-    """:func:`adam_for_loop_` as one call of torch's kernel for all parameters with equal numbers of steps.
+    """Make the step of :func:`adam_for_loop_` by one call of torch's kernel for each number of steps.
 
     The kernel adds ε after the correction of the bias, hence ε divided by its root. It is private API: ask
     :func:`fused_adam_works` first.
     """
+    # ε/root depends on t, and the kernel takes one ε for all tensors of a call.
     for t in sorted(set(steps)):
         chosen = [index for index, own in enumerate(steps) if own == t]
         _, root = settings.corrections(t)
+        # The kernel reads the number of steps from tensors in single precision, whatever the type of the parameters.
         count = torch.full((), float(t), dtype=torch.float32, device=params[0].device)
         torch._fused_adam_(
             [params[index] for index in chosen],
@@ -245,8 +260,11 @@ def fused_adam_works(device_type: str, dtype: torch.dtype) -> bool:
         device_type: For example ``"cpu"`` or ``"cuda"``.
         dtype: Floating-point type of all tensors.
     """
+    # A step of Adam is the same for g and 2g up to ε, so scaled copies would not scale it: signs tell the elements
+    # apart.
     one = signs(device_type, dtype)
     param, m, v = one.clone(), one * 0, one * 0
+    # ε as large as √v, so that a kernel which adds it in another place leads to another result.
     settings = AdamSettings(beta1=0.5, beta2=0.5, eps=math.sqrt(2), weight_decay=0.0)
     lists = [param], [one * 2], [m], [v], None, [1]
     if not runs(partial(adam_fused_, *lists, lr=0.25, settings=settings)):

@@ -112,11 +112,16 @@ def novograd_coefficients_(
         steps: Number of steps so far, this one included, of the same shape, for the form of apex.
         settings: See :class:`NovoGradSettings`.
     """
+    # The norm is that of the gradient alone: decay comes after the normalization, so it does not disturb the
+    # statistics.
     squares = squared_norms(grads, second_moments.dtype)
+    # Not the first step but the first gradient other than zero: from v = 0 a step is 1/√(1 − β₂) times too long.
+    # A comparison on the device, because an `if` would wait for it.
     first = second_moments == 0
     # In this form, unlike in β₂v + (1 − β₂)‖g‖², an overflow becomes NaN at the next step and is seen.
     new = torch.where(first, squares, second_moments.lerp(squares, 1 - settings.beta2))
     second_moments.copy_(new)
+    # v goes on by its own recursion; only the divisor is the maximum.
     if largest is not None:
         new = torch.maximum(largest, new)
         largest.copy_(new)
@@ -124,17 +129,21 @@ def novograd_coefficients_(
         assert steps is not None
         return _coefficients_of_apex(new, steps, settings)
     if settings.variant == "openseq2seq":
+        # OpenSeq2Seq alone puts ε inside the root, and weighs with 1 − β₁ in the first step, too.
         scale = _reciprocal((new + settings.eps).sqrt())
         first = torch.zeros_like(first)
     else:
+        # Outside of the root, as all other implementations have it.
         scale = _reciprocal(new.sqrt() + settings.eps)
     if not settings.grad_averaging:
         return NovoGradCoefficients(scale, settings.weight_decay)
+    # The paper's first momentum is the whole normalized gradient: that removes the bias which averaging would bring.
     gain = torch.where(first & (squares > 0), 1.0, torch.full_like(new, 1 - settings.beta1))
     return NovoGradCoefficients(scale * gain, settings.weight_decay * gain)
 
 
 def _coefficients_of_apex(v: Tensor, t: Tensor, settings: NovoGradSettings) -> NovoGradCoefficients:
+    # v starts without bias and apex divides by the bias all the same, so its first steps are shorter by √(1 − β₂ᵗ).
     root = (v / (1 - settings.beta2**t)).sqrt()
     step = _reciprocal(root + settings.eps) / (1 - settings.beta1**t)
     gain = 1 - settings.beta1 if settings.grad_averaging else 1.0
@@ -174,6 +183,7 @@ def novograd_for_loop_(
             momentum.addcmul_(param, decay[index])
         elif decay:
             momentum.add_(param, alpha=decay)
+        # A factor that is a tensor stays on the device; as `alpha` it would be read back to the host.
         momentum.addcmul_(grad, coefficients.gradient[index], value=sign)
         if step is None and not isinstance(lr, Tensor):
             param.add_(momentum, alpha=-lr)
@@ -192,7 +202,10 @@ def novograd_foreach_(
     settings: NovoGradSettings,
     maximize: bool = False,
 ) -> None:
-    """:func:`novograd_for_loop_` on whole lists of one device and dtype: the same operations in the same order."""
+    """Make the step of :func:`novograd_for_loop_` on whole lists: the same operations in the same order.
+
+    The tensors of a list are of one device and dtype.
+    """
     num, decay, step = len(params), coefficients.decay, coefficients.step
     torch._foreach_mul_(momenta, settings.beta1)
     if isinstance(decay, Tensor):
@@ -218,7 +231,7 @@ def novograd_fused_(
     settings: NovoGradSettings,
     maximize: bool = False,
 ) -> None:
-    """:func:`novograd_for_loop_` by torch's fused kernel of SGD with momentum, for β₁ > 0.
+    """Make the step of :func:`novograd_for_loop_` by torch's fused kernel of SGD with momentum, for β₁ > 0.
 
     On the CPU the kernel runs tensor by tensor, with :math:`1 - a` as dampening and :math:`b/a` as weight decay. Small
     tensors of equal shapes go through it together, with copies of their gradients, times a. Other devices, which must
@@ -252,7 +265,7 @@ def novograd_fused_without_waiting_(
     settings: NovoGradSettings,
     maximize: bool = False,
 ) -> None:
-    """:func:`novograd_fused_` in one call of the kernel; the settings must be uniform.
+    """Make the step of :func:`novograd_fused_` in one call of the kernel; the settings must be uniform.
 
     The gradients enter the momenta beforehand, divided by β₁, which the kernel multiplies with. In their place the
     kernel gets the parameters, times b.
@@ -296,6 +309,7 @@ def _fused_one_by_one_(
     maximize: bool,
 ) -> None:
     params, grads, momenta = lists
+    # Free on a CPU; on other devices it would wait, which is why they take another way.
     gains = coefficients.gradient.tolist()
     decays = _numbers(coefficients.decay, len(params))
     steps = _numbers(1.0 if coefficients.step is None else coefficients.step, len(params))
@@ -326,12 +340,14 @@ def _fused_sgd_(
         params,
         grads,
         momenta,
+        # The kernel weighs the decayed gradient with 1 − dampening, so the decay must be divided by that weight.
         weight_decay=decay / gain,
         momentum=beta1,
         lr=lr,
         dampening=1 - gain,
         nesterov=False,
         maximize=maximize,
+        # A first step would copy the gradient into the momentum without dampening; ours starts from zeros instead.
         is_first_step=False,
     )
 

@@ -47,8 +47,10 @@ def pull_strength(lambda_w: float, lr: float | Tensor) -> float | Tensor:
         >>> pull_strength(0.25, 0.5), pull_strength(0.25, 0.0)
         (1.0, 0.0)
     """
+    # `where` instead of `if`: the value of a tensor is known only after waiting for the device.
     if isinstance(lr, Tensor):
         return torch.where(lr == 0, torch.zeros_like(lr), 2 * lambda_w / lr)
+    # A warm-up starts at step size zero, where nothing moves and λ_w/η would be infinite.
     return 2 * lambda_w / lr if lr else 0.0
 
 
@@ -68,6 +70,7 @@ def regularized_gradients(
         >>> regularized_gradients([w], [g], [a], 0.2)
         [tensor([0.1000])]
     """
+    # New tensors: the authors' code adds to `p.grad` in place, which spoils logged norms and accumulated gradients.
     pulls = list(torch._foreach_sub(params, anchors))
     torch._foreach_mul_(pulls, strength)
     torch._foreach_add_(pulls, grads)

@@ -27,6 +27,7 @@ def alie_factor(num_workers: int, num_byzantine: int) -> float:
         (0.1573, -0.18)
     """
     num_honest = num_workers - num_byzantine
+    # So many honest workers the attackers need on their side to be a majority.
     num_supporters = num_workers // 2 + 1 - num_byzantine
     return NormalDist().inv_cdf((num_honest - num_supporters) / num_honest)
 
@@ -47,6 +48,7 @@ def largest_hidden_factor(honest: Tensor, direction: Tensor, *, by_sum: bool) ->
         >>> largest_hidden_factor(honest, torch.ones(1), by_sum=False)
         1.0
     """
+    # Centred first: limits and distances are small differences of rows that may have a large common part.
     centred = (honest - honest.mean(dim=0)).double()
     distances = squared_distances(centred @ centred.mT)
     limit = distances.sum(dim=1).max() if by_sum else distances.max()
@@ -55,6 +57,7 @@ def largest_hidden_factor(honest: Tensor, direction: Tensor, *, by_sum: bool) ->
     if by_sum:
         a, b, c = a * len(honest), b.sum(), centred.square().sum() - limit
     # The larger root of each quadratic; γ must not exceed any of them.
+    # A direction of zero, from equal honest rows, gives the factor zero instead of 0/0.
     roots = (-b + (b.square() - a * c).clamp_min(0.0).sqrt()) / a.clamp_min(1e-300)
     return float(roots.min())
 

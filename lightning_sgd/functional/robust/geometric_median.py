@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_sgd.functional.robust.stacked_rows import squared_distances
 
+# Its square is still above the smallest number in double precision.
 _TINY = 1e-150
 
 
@@ -54,6 +55,7 @@ def weiszfeld(
     """
     a = start
     for _ in range(num_iterations):
+        # Without smoothing a step that comes to a row would stay there: its pull is infinite.
         pull = masses / distances_from(gram, a).clamp_min(max(smoothing, _TINY))
         previous, a = a, pull / pull.sum()
         if float((a - previous).abs().max()) <= tolerance:
@@ -85,6 +87,7 @@ def median_among_rows(gram: Tensor, masses: Tensor) -> int | None:
     # ‖Σᵢ pᵢ(xᵢ − x_k)‖² for every k, by inner products alone.
     lengths = (pulls * images).sum(dim=0) - 2 * totals * images.diagonal() + totals**2 * scale
     own = (masses[:, None] * ~apart).sum(dim=0)
+    # The optimality condition at row k: zero is a subgradient of the sum of distances there.
     excess = lengths.clamp_min(0.0).sqrt() - own
     k = int(excess.argsort(stable=True)[0])
     return k if float(excess[k]) <= 1e-9 * float(masses.sum()) else None

@@ -100,6 +100,7 @@ def _mean_near(rows: list[Tensor], centre: Tensor, num_far: int) -> Tensor:
     """Average all but the ``num_far`` values farthest from the centre, of columns sorted as :func:`_groups` asks."""
     num_near = len(rows) - num_far
     total = torch.zeros_like(centre)
+    # The values nearest to the centre are neighbours, so each residue class of places holds exactly one of them.
     for start in range(num_near):
         nearest = rows[start]
         for row in rows[start + num_near :: num_near]:
@@ -202,6 +203,7 @@ def partially_sort(block: Tensor, groups: Sequence[Hashable]) -> list[Tensor]:
     for step in network(tuple(groups)):
         a, b = rows[step.low], rows[step.high]
         if step.keeps_low and step.keeps_high:
+            # Into the spare row, because the maximum still needs both; the freed row is the next spare one.
             torch.minimum(a, b, out=spare)
             torch.maximum(a, b, out=b)
             rows[step.low], spare = spare, a

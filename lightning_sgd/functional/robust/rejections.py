@@ -92,6 +92,7 @@ class RejectionTally:
             self.num_steps, self.counts = 0, [0.0] * len(flags)
             self.recent = [0.0] * len(flags)
         self.num_steps += 1
+        # A plain mean until the horizon is reached: from zero the average would start too low.
         share = 1 / min(self.num_steps, self.horizon)
         self.counts = [count + flag for count, flag in zip(self.counts, flags, strict=True)]
         self.recent = [

@@ -96,6 +96,7 @@ def worker_momentum(momentum: Tensor, gradient: Tensor, beta: float) -> Tensor:
         tensor([[1.1000],
                 [1.0000]])
     """
+    # Row by row, so that no mask of the size of all gradients is made.
     finite = torch.stack([row.isfinite().all() for row in gradient])[:, None]
     if bool(finite.all()):
         return momentum.lerp_(gradient, 1 - beta)

@@ -90,6 +90,7 @@ def spectral_filter(
     )  # rounding must not end the loop one pass early
     best: FilterResult | None = None
     num_passes = 0
+    # The present weights are judged before the mass is; byzfl's loop ends first, and misses the last weights.
     while best is None or float(c.sum()) >= least_mass:
         num_passes += 1
         p = c / c.sum()
@@ -129,9 +130,11 @@ def largest_spread(gram: Tensor, weights: Tensor) -> Spread:
         tensor([1.0000, 1.0000], dtype=torch.float64)
     """
     g = gram @ weights
+    # Any common shift of the rows cancels here, so the Gram matrix may be that of shifted rows.
     centred = gram - g[:, None] - g + weights @ g
     root = weights.sqrt()
     top, u = _top_eigenpair(root[:, None] * centred * root)
+    # A row without mass cannot lose any, and must not be the maximum that the others are compared with.
     projections = torch.where(weights > 0, (centred @ (root * u)).square() / max(top, 1e-300), 0.0)
     return Spread(top, projections)
 
@@ -139,6 +142,7 @@ def largest_spread(gram: Tensor, weights: Tensor) -> Spread:
 def _top_eigenpair(matrix: Tensor) -> tuple[float, Tensor]:
     if len(matrix) > _LARGEST_DENSE:
         return _power_iteration(matrix)
+    # `eigh` reads one triangle only, and products are not exactly symmetric.
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return float(values[-1]), vectors[:, -1]
 
@@ -181,4 +185,5 @@ def noise_floor(gram: Tensor, num_byzantine: int, largest_weight: float) -> floa
     honest = n - num_byzantine
     num_pairs = max(1, honest * (honest - 1) // 2)
     middle = distances[(num_pairs - 1) // 2 : num_pairs // 2 + 1]
+    # Half a squared distance is near tr(Σ).
     return largest_weight * float(middle.mean()) / 2 if len(middle) else 0.0

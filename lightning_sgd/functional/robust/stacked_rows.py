@@ -188,6 +188,7 @@ def squared_distances(gram: Tensor) -> Tensor:
                 [5., 0.]])
     """
     squares = gram.diagonal()
+    # Rounding can make distances of equal rows negative, and those of a row from itself other than zero.
     distances = (squares[:, None] + squares - 2 * gram).clamp_min(0.0)
     return distances.fill_diagonal_(0.0)
 

@@ -38,6 +38,7 @@ def smallest_diameter_subset(distances: Tensor, size: int) -> list[int]:
     n = len(distances)
     rows, totals = distances.tolist(), distances.sum(dim=1).tolist()
     radii = sorted({0.0, *(rows[i][j] for i in range(n) for j in range(i))})
+    # Sets of points are the bits of whole numbers: the search makes many of them, and unions are single operations.
     low, high, cover = 0, len(radii) - 1, 0
     while low < high:
         middle = (low + high) // 2
@@ -125,4 +126,5 @@ def _centred(grams: Tensor) -> Tensor:
 def _lower_bounds(covariances: Tensor) -> Tensor:
     traces = covariances.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     squares = covariances.square().sum(dim=(-2, -1))
+    # Rounded down a little, so that no subset is passed over because of its last digit.
     return torch.where(traces > 0, squares / traces, 0.0) * (1 - 1e-12)

@@ -24,6 +24,7 @@ def gram_singular_values(grams: Tensor) -> Tensor:
         >>> gram_singular_values(torch.tensor([[9.0, 0.0], [0.0, 16.0]]))
         tensor([4., 3.])
     """
+    # Rounding can make eigenvalues of zero negative; and `eigvalsh` returns them ascending.
     return where_finite(eigenvalues, grams).clamp_min(0.0).sqrt().flip(-1)
 
 
@@ -65,6 +66,7 @@ def normalize(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # Scaled to at most 1, squares cannot overflow, and that of the largest element cannot vanish.
     wide = as_wide(matrix, dtype)
     scale = _largest_magnitude(wide)
+    # A zero matrix stays zero. NaN is not above 0 either, and stays in the matrix.
     return wide / torch.where(scale > 0, scale, 1.0)[..., None], scale
 
 
@@ -123,6 +125,7 @@ class GramQueue:
         waiting = self.waiting.pop(key)
         flat = [gram.reshape(-1, *gram.shape[-2:]) for gram in waiting.values()]
         grams = torch.cat(flat)
+        # One entry of the queue may itself be a batch of matrices and above the limit.
         chunk = max(1, self.max_elements // grams[0].numel())
         values = torch.cat([self.of_batch(part) for part in torch.split(grams, chunk)])
         sizes = [len(part) for part in flat]

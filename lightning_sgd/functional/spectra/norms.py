@@ -32,6 +32,7 @@ from lightning_sgd.functional.spectra.gram import (
 SMALL_SIDE = 128
 """Up to this size all eigenvalues of a Gram matrix take no longer than the Lanczos method."""
 MAX_STEPS = 64
+# A check reads a number on the host, and waits for the device.
 STEPS_BETWEEN_CHECKS = 4
 GROWTH_OVER = 2  # checks
 
@@ -160,6 +161,7 @@ def _largest_eigenvalue(grams: Tensor, num_steps: int) -> Tensor:
 
 def _start_direction(like: Tensor) -> Tensor:
     """Draw a unit vector of size ``like.shape[-2]``, the same in every call, so that results are reproducible."""
+    # A generator of its own, so that measuring leaves the random numbers of the training as they are.
     generator = torch.Generator(like.device).manual_seed(0)
     size = like.shape[-2]
     start = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
@@ -178,6 +180,7 @@ def _next_direction(image: Tensor, basis: Tensor) -> Tensor:
     noise = (
         1e3 * torch.finfo(image.dtype).eps * torch.linalg.vector_norm(image, dim=-2, keepdim=True)
     )
+    # A rest as short as its rounding has a random direction, and scaled up would not be orthogonal to the basis.
     return torch.where(length > noise, rest / length, 0.0)
 
 
@@ -219,6 +222,7 @@ def _largest_share(rows: Tensor, norm: Tensor, rtol: float) -> Tensor:
             if _has_converged(found, k, rtol):
                 break
         basis[k] = _next_direction(images[k - 1, :, None], basis[:k].mT)[:, 0]
+    # σ₁ is never above the Frobenius norm; only rounding is.
     return found[-1].clamp(0.0, 1.0)
 
 

@@ -74,6 +74,8 @@ def stationarity_gap(
     expect(
         weight_decay > 0, "weight_decay", "positive", weight_decay, "Without it nothing follows."
     )
+    # W = (residual − G)/λ with torch's decay, twice the λ of the paper. The authors' code divides by twice torch's
+    # decay, which is the bound for a problem with twice the decay of the one that was trained.
     residual = grad + weight_decay * weight
     norm: Tensor = torch.linalg.matrix_norm(residual, ord="fro" if kind == "fro" else 2)
     return norm.div(weight_decay * torch.linalg.matrix_norm(weight))
@@ -179,6 +181,7 @@ def trajectory_tails(
         num_samples += window.num_samples
         total = total.after(window.transfer)
         tail = abs(total.ww) * window.weight_norm + abs(total.wv) * window.buffer_norm
+        # A zero matrix has rank zero, whatever the steps were.
         tails.append((num_samples * num_uses, tail / weight_norm if weight_norm else 0.0))
     return tails
 
@@ -223,4 +226,5 @@ def asymptotic_rank_bound(
     """
     shrink = lr * weight_decay
     expect(shrink > 0, "lr * weight_decay", "positive", shrink, "Without decay nothing follows.")
+    # The paper has 2μλ in the denominator, with λ for half of torch's decay.
     return num_uses * batch_size * math.log(2 / eps) / shrink

@@ -88,6 +88,7 @@ def energy_rank(singular_values: Tensor, eta: float = 0.99) -> Tensor:
     expect(0 < eta <= 1, "eta", "in (0, 1]", eta, "Common choices are 0.9 and 0.99.")
     ratios = _relative(singular_values).sort(dim=-1, descending=True).values
     energy = ratios.square().cumsum(dim=-1)
+    # The last partial sum and not a sum of its own: for eta = 1 both must agree to the last bit.
     total = energy[..., -1:]
     # Of how many leading values the energy is still too small; one more completes the share.
     incomplete = _count(energy < eta * total, energy)
@@ -216,6 +217,7 @@ def rankme(singular_values: Tensor, eps: float = 1e-7) -> Tensor:
     """
     ratios = _relative(singular_values)
     total = ratios.sum(dim=-1)
+    # ε is added after the division and p is not normalized again, as RankMe is published.
     p = ratios / torch.where(total == 0, 1.0, total)[..., None] + eps
     return torch.where(total == 0, 0.0, (-torch.xlogy(p, p).sum(dim=-1)).exp())
 
@@ -228,6 +230,7 @@ def _relative(singular_values: Tensor) -> Tensor:
 
 def _count(mask: Tensor, ratios: Tensor) -> Tensor:
     count = mask.sum(dim=-1).to(ratios.dtype)
+    # NaN compares as false, so it would be counted as a rank of 0.
     return torch.where(ratios.isnan().any(dim=-1), torch.nan, count)
 
 

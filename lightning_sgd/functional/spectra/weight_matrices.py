@@ -60,8 +60,11 @@ class WeightMatrix:
         """
         with torch.no_grad():
             weight = _effective_weight(self.module, self.weight).detach()
+            # Asked by an attribute, because DTensor is not part of every build of torch.
             if hasattr(weight, "full_tensor"):
                 weight = weight.full_tensor()
+            # The unfolding of the authors' code for convolutions. The operator on the input grid has far more singular
+            # values.
             rows: Tensor = weight.flatten(1)
             return rows.tensor_split(self.num_blocks)[self.block]
 
@@ -115,6 +118,7 @@ def find_weight_matrices(
         matrix = candidate.matrix
         if min(matrix.shape) < min_side or (candidate.is_embedding and include is None):
             continue
+        # Before the choice: a pattern that matches what another one excludes is no typing error.
         patterns -= {pattern for pattern in patterns if fnmatchcase(matrix.name, pattern)}
         if not _is_chosen(matrix.name, include, exclude):
             continue
@@ -184,6 +188,8 @@ def _candidates(root: nn.Module) -> Iterator[_Candidate]:
 def _weights(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, tuple[nn.Parameter, ...]]]:
     """Yield every weight that a forward pass uses: path, module, name in the module, parameters it is made from."""
     hidden: set[nn.Module] = set()
+    # With duplicates: a shared module may be asked for under its second name; `sources` tells that it is the same
+    # weight.
     for path, module in root.named_modules(remove_duplicate=False):
         # Modules inside parametrizations hold the sources of a weight, not weights of their own.
         if module in hidden:

@@ -44,7 +44,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least
 
 Assumption: TypeAlias = Literal["smooth", "convex", "strongly_convex", "shifted"]
 Branch: TypeAlias = Literal["closed_form", "searched"]
@@ -96,13 +96,8 @@ class BiasedSGDProblem:
             self.m,
             "Without strong convexity use GradientErrorMonitor alone: no step size can be certified.",
         )
-        expect(
-            self.assumption in ("smooth", "convex", "strongly_convex", "shifted"),
-            "assumption",
-            "smooth, convex, strongly_convex or shifted",
-            self.assumption,
-            "Convex losses with weight decay are strongly_convex.",
-        )
+        remedy = "Convex losses with weight decay are strongly_convex."
+        expect_one_of(self.assumption, Assumption, "assumption", remedy)
         expect(
             self.assumption == "shifted" or (self.L is not None and self.m <= self.L < math.inf),
             "L",
@@ -117,6 +112,8 @@ class BiasedSGDProblem:
         """Weight of the squared distance in the bound on the squared gradient."""
         L = self.L or 0.0
         return {
+            # Each row splits ‖u‖² ≤ 2‖u − ∇f_i(x*)‖² + 2‖∇f_i(x*)‖², then smoothness or co-coercivity bounds the first
+            # term; "shifted" splits u − mξ, which is at most β + m‖x*‖ long, instead.
             "smooth": 2 * L**2,
             "convex": 0.0,
             "strongly_convex": -2 * self.m * L,
@@ -137,7 +134,7 @@ class BiasedSGDProblem:
         return self.m11 + 2 * self.m * self.m21
 
     def squared_gradient(self, U: float) -> float:
-        """The largest mean squared gradient at mean squared distance U that the closed form reckons with [P].
+        """Bound the mean squared gradient at mean squared distance U, as the closed form does [P].
 
         Args:
             U: Mean squared distance from the optimum.
@@ -169,7 +166,7 @@ class StepBound:
 def biased_sgd_step_bound(
     problem: BiasedSGDProblem, alpha: float, U: float, delta: float = 0.0, c: float = 0.0
 ) -> StepBound:
-    """The smallest bound on the squared distance after one step that the assumptions prove.
+    """Compute the smallest bound on the squared distance after one step that the assumptions prove.
 
     Args:
         problem: What is known about the objective.
@@ -192,9 +189,11 @@ def biased_sgd_step_bound(
     if alpha == 0:
         return StepBound(U, 1.0, 0.0, 0.0, 0.0, "closed_form")
     excess = step.best_excess
+    # ν ≥ 0: the best s of the unconstrained problem is allowed, and its value is known.
     if step.slope(excess) >= 0:
         bound = (math.sqrt(step.exact) + math.sqrt(step.added)) ** 2
         return step.bound(excess, bound, "closed_form")
+    # Over the logarithm, because the best s − 1 may lie anywhere between 1e-9 and 1e9. Without an error s is 1.
     if step.added > 0:
         excess = math.exp(golden(lambda x: step.value(math.exp(x)), *step.bracket(excess)))
     return step.bound(excess, step.value(excess), "searched")
@@ -214,6 +213,7 @@ class Step:
     def exact(self) -> float:
         """Squared distance after a step without error."""
         curvature = 1 - 2 * self.problem.m * self.alpha + self.problem.m_tilde * self.alpha**2
+        # Never negative in exact arithmetic, because M̃ ≥ m²; the root of a rounded value must not fail.
         return max(curvature, 0.0) * self.U + 2 * self.alpha**2 * self.problem.G2
 
     @property
@@ -224,7 +224,7 @@ class Step:
 
     @property
     def best_excess(self) -> float:
-        """S − 1 at its best, if ν may have any sign."""
+        """The best s − 1 if ν may have any sign."""
         if self.added == 0:
             return 0.0
         return (
@@ -234,25 +234,27 @@ class Step:
         )
 
     def lam(self, excess: float) -> float:
-        """λ before it may have to grow."""
+        """Return λ before it may have to grow."""
         stretch = self.delta**2 / excess if self.delta and excess else 0.0
         return self.alpha**2 * (1 + excess) * (1 + stretch)
 
     def slope(self, excess: float) -> float:
-        """ν, which must not be negative."""
+        """Return ν, which must not be negative."""
         return self.alpha * (1 + excess) - self.lam(excess) * self.problem.m21
 
     def value(self, excess: float) -> float:
-        """The bound that this s proves."""
+        """Return the bound that this s proves."""
         problem, lam, nu = self.problem, self.lam(excess), self.slope(excess)
         total = self.U * (1 + excess + lam * problem.m11) + 2 * lam * problem.G2
         total += self._zeta(excess) * self.c**2 if self.c and excess else 0.0
         if nu >= 0:
+            # ν < 0 is replaced by 0 and λ grows by w: w·growth + U·ν²/w is lowest at w = −ν·√(U/growth), which is put
+            # in below.
             return total - 2 * problem.m * nu * self.U
         return total - 2 * nu * (problem.m21 * self.U + math.sqrt(self.U * self._growth))
 
     def bound(self, excess: float, value: float, branch: Branch) -> StepBound:
-        """The bound with its weights."""
+        """Return the bound with its weights."""
         problem, lam, nu = self.problem, self.lam(excess), self.slope(excess)
         s, zeta = 1 + excess, self._zeta(excess)
         if nu >= 0:
@@ -267,7 +269,8 @@ class Step:
         return StepBound(value, rho2, 0.0, lam, zeta, branch)
 
     def bracket(self, excess: float) -> tuple[float, float]:
-        """Logarithms between which the best s − 1 lies if ν would be negative at ``excess``."""
+        """Return the logarithms between which the best s − 1 lies if ν would be negative at ``excess``."""
+        # ν = α·s·(1 − α·M21·(1 + δ²/(s − 1))): for α·M21 ≥ 1 it is negative for every s, so nothing limits the search.
         room = 1 - self.alpha * self.problem.m21
         if room <= 1e-9:
             return math.log(1e-9), math.log(1e9)
@@ -284,7 +287,7 @@ class Step:
 
 
 def golden(function: Callable[[float], float], low: float, high: float) -> float:
-    """Find the minimum of a function that has only one, by golden section.
+    """Find where a function with a single minimum is lowest, by golden-section search.
 
     Args:
         function: The function.

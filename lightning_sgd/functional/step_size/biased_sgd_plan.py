@@ -57,6 +57,7 @@ def biased_sgd_bound(
     """
     bounds, U = [], U0
     for alpha in alphas:
+        # Once infinite, always infinite: the bound of a step grows with the bound before it.
         if math.inf > U:
             U = biased_sgd_step_bound(problem, alpha, U, delta, c).U_next
             U = U if U < LARGEST else math.inf
@@ -121,7 +122,9 @@ def optimal_step(problem: BiasedSGDProblem, U: float, delta: float = 0.0, c: flo
     def bound(alpha: float) -> float:
         return biased_sgd_step_bound(problem, alpha, U, delta, c).U_next
 
+    # M21 > 0 here: for M21 = 0 the weight ν is never negative and the closed form holds. Beyond 1/M21 no s makes ν ≥ 0.
     found = golden(bound, 0.0, 1 / problem.m21)
+    # A gain in the last digits is rounding, not progress.
     return found if bound(found) < U * (1 - 1e-12) else 0.0
 
 
@@ -151,6 +154,7 @@ def biased_sgd_floor(problem: BiasedSGDProblem, delta: float = 0.0, c: float = 0
         (0.020408, 3.125)
     """
     check_error(1.0, delta, c)
+    # With σ = m alone, the formula for small errors, the floor would come out too low: ν would be negative.
     sigma = max(problem.m, delta**2 * problem.m21)
     room = sigma * (2 * problem.m - sigma) - problem.m_tilde * delta**2
     return (c**2 + 2 * delta**2 * problem.G2) / room if room > 0 else math.inf
@@ -185,6 +189,7 @@ def max_relative_error(problem: BiasedSGDProblem, U: float | None = None, c: flo
         U is None or is_finite_at_least(U, 0), "U", "a number ≥ 0", U, "It is a mean of squares."
     )
     check_error(1.0, 0.0, c)
+    # Divided by such a U, noise and error would overflow; and nothing is left to gain.
     if U is not None and U < 1 / LARGEST:
         return 0.0
     # Per unit of U, so that the limit of large distances is a case like the others.

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 from lightning_sgd.functional.step_size.biased_sgd import BiasedSGDProblem
 
 Compressor: TypeAlias = Callable[[Tensor], Tensor]
@@ -38,6 +38,7 @@ def round_to_grid(values: Tensor, num_bits: int) -> Tensor:
     """
     expect(num_bits >= 2, "num_bits", "at least 2", num_bits, "One bit is for the sign.")
     step = values.abs().max() / (2 ** (num_bits - 1) - 1)
+    # A step of zero, from zeros or from underflow, would turn them into NaN.
     return torch.where(step > 0, (values / step).round() * step, values)
 
 
@@ -89,18 +90,13 @@ def compressor(name: CompressorName, topk_fraction: float = 0.01) -> Compressor:
         "sign": scaled_sign,
         "topk": lambda values: keep_largest(values, topk_fraction),
     }
-    expect(
-        name in known,
-        "compressor",
-        f"one of {', '.join(known)}, or a function of a tensor",
-        name,
-        "A function is named by its import path in YAML.",
-    )
+    remedy = "Give one of them, or a function of a tensor, named by its import path in YAML."
+    expect_one_of(name, CompressorName, "compressor", remedy)
     return known[name]
 
 
 def compression_sums(gradients: Iterable[Tensor], compress: Compressor) -> Tensor:
-    """Squared norm of the gradients, of the error, and inner product of the two; float64, shape (3,).
+    """Sum up the squared norms of gradients and errors and their inner product; float64, shape (3,).
 
     Sums over tensors and over shards of tensors add up.
 
@@ -114,6 +110,7 @@ def compression_sums(gradients: Iterable[Tensor], compress: Compressor) -> Tenso
     total = torch.zeros(3, dtype=torch.float64)
     for gradient in gradients:
         values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        # A copy, because a compressor may work in place, and the gradient is still needed by the optimizer.
         compressed = compress(values.detach().clone())
         expect(
             compressed.shape == values.shape,
@@ -122,6 +119,8 @@ def compression_sums(gradients: Iterable[Tensor], compress: Compressor) -> Tenso
             tuple(compressed.shape),
             "Return what the receiver of the gradient would use.",
         )
+        # In float64: the error is a difference of nearly equal numbers, and its squares underflow in half precision.
+        # MPS has none.
         wide = torch.float32 if values.device.type == "mps" else torch.float64
         u, e = values.to(wide), compressed.to(wide) - values.to(wide)
         total += torch.stack([(u * u).sum(), (e * e).sum(), (u * e).sum()]).cpu().double()
@@ -150,6 +149,7 @@ def cosine(sums: Sequence[float]) -> float:
         0.894427
     """
     u2, e2, ue = sums
+    # ‖u + e‖² from the three sums; where e is nearly −u the terms cancel and rounding may leave less than zero.
     v2 = max(u2 + 2 * ue + e2, 0.0)
     lengths = math.sqrt(u2) * math.sqrt(v2)
     if lengths == 0:
@@ -196,6 +196,7 @@ def fit_error_model(
         (len(grad_sq), len(err_sq)),
         "Leave out what overflowed.",
     )
+    # The factor keeps a product such as 0.07·100, which is rounded up to 7.000000000000001, from covering one more.
     num_covered = math.ceil(quantile * len(p) * (1 - 1e-12))
     slopes = _slopes(p, q, num_covered, problem is not None)
     rest = (q - slopes[:, None] * p).kthvalue(num_covered, dim=1).values.clamp(min=0)
@@ -204,7 +205,8 @@ def fit_error_model(
 
 
 def _slopes(p: Tensor, q: Tensor, num_covered: int, with_pairs: bool) -> Tensor:
-    """Squares of δ that can be best, smallest first."""
+    """List the squares of δ that can be best, smallest first."""
+    # A gradient of zero has no relative error; what it adds is covered by c.
     ratios = q[p > 0] / p[p > 0]
     if not with_pairs:
         covered = min(num_covered, len(ratios))
@@ -217,9 +219,10 @@ def _slopes(p: Tensor, q: Tensor, num_covered: int, with_pairs: bool) -> Tensor:
 
 
 def _floors(slopes: Tensor, rest: Tensor, problem: BiasedSGDProblem | None) -> Tensor:
-    """Floor for every pair of squares of δ and c; infinite where the formula does not hold."""
+    """Compute the floor for every pair of squares of δ and c; infinite where the formula does not hold."""
     if problem is None:
         return rest
     room = problem.m**2 - problem.m_tilde * slopes
+    # Beyond δ²·M21 = m the formula for small errors is too low, see `biased_sgd_floor`.
     holds = (room > 0) & (slopes * problem.m21 <= problem.m)
     return torch.where(holds, (rest + 2 * slopes * problem.G2) / room, math.inf)

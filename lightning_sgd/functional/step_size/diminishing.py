@@ -18,14 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 
 Theorem: TypeAlias = Literal["serial", "hogwild", "hogwild_nonconvex"]
 """Theorem 2 (no delay), 5 (delayed reads, convex samples), 6 (delayed reads, samples need not be convex)."""
 StepForm: TypeAlias = Literal["smooth", "doubling"]
 
+# Theorems 5 and 6 ask for 4 ≤ α_t at every step; Theorem 2 is about α = 2 alone.
 SMALLEST_ALPHA = 4.0
 
 
@@ -89,6 +90,7 @@ class DiminishingSteps:
         needed = required_offset(
             self.mu, self.L, self.alpha, self.theorem, self.num_filters, self.max_delay
         )
+        # The slack lets an offset pass that a user computed by the same formula in another order.
         if self.offset < needed * (1 - 1e-12):
             yield (
                 f"Theorem {self._number} needs `offset` ≥ {needed:g} here, got {self.offset:g}: "
@@ -96,6 +98,7 @@ class DiminishingSteps:
             )
 
     def _violations_of_theorem_2(self) -> Iterator[str]:
+        # Steps of 1/t with another factor still converge by Theorem 1, but it gives no rate.
         if self.alpha != 2:
             yield (
                 f"Theorem 2 is about `alpha` = 2, got {self.alpha:g}, for which only convergence without a rate "
@@ -178,11 +181,10 @@ def diminishing_steps(
         ValueError: If an argument is out of range.
     """
     _check_problem(mu, L)
-    for argument, choice, known in (("form", form, StepForm), ("theorem", theorem, Theorem)):
-        names = get_args(known)
-        remedy = f"The default is {names[0]}."
-        expect(choice in names, argument, f"one of {', '.join(names)}", choice, remedy)
+    expect_one_of(form, StepForm, "form", "The default is smooth.")
+    expect_one_of(theorem, Theorem, "theorem", "The default is serial.")
     if alpha is None:
+        # The doubling form lies between α/2 and α, so it takes α = 8 to keep α_t ≥ 4.
         alpha = SMALLEST_ALPHA * (2 if form == "doubling" else 1) if theorem != "serial" else 2.0
     expect(math.isfinite(alpha) and alpha > 0, "alpha", "a positive number", alpha, "Leave it out.")
     counts = {
@@ -231,6 +233,7 @@ def diminishing_bound(
     expect(num_updates >= 0, "num_updates", "at least 0", num_updates, "Count optimizer steps.")
     for name, value in (("noise", noise), ("initial_sq_distance", initial_sq_distance)):
         expect(0 <= value < math.inf, name, "a number ≥ 0", value, "It is a mean of squares.")
+    # 2αL/μ for the α = 2 of Theorem 2.
     offset = 4 * L / mu
     # Written without a division by the noise, which may be zero.
     start = max(4 * L**2 * initial_sq_distance - offset * noise, 0.0)

@@ -76,7 +76,7 @@ class LeastSquaresConstants:
 
 
 def critical_batch_size(constants: LeastSquaresConstants, *, well_specified: bool = False) -> float:
-    r"""The batch size up to which the step may grow nearly as fast as the batch: :math:`1 + \rho R^2/\|H\|`.
+    r"""Compute the batch size up to which the step may grow nearly as fast as the batch: :math:`1 + \rho R^2/\|H\|`.
 
     Below it, b times the batch takes nearly b times fewer steps; above it the step stands still, and a larger batch
     only averages noise that a tail average or a smaller step would remove as well.
@@ -98,7 +98,7 @@ def critical_batch_size(constants: LeastSquaresConstants, *, well_specified: boo
 def max_learning_rate(
     constants: LeastSquaresConstants, batch_size: int, *, well_specified: bool = False
 ) -> float:
-    r"""The largest step of mini-batch SGD at the optimal rate: :math:`2b / (R^2\rho + (b - 1)\|H\|)`.
+    r"""Compute the largest step of mini-batch SGD at the optimal rate: :math:`2b / (R^2\rho + (b - 1)\|H\|)`.
 
     The theorems take half of it. It is for the loss ½(y − ⟨w, x⟩)², averaged over the batch, without momentum.
 
@@ -167,6 +167,7 @@ def estimate_condition_numbers(
     finite = bool(x.isfinite().all())
     expect(finite, "features", "finite", Words("NaN or Inf"), "Clean or scale the data first.")
     found = _decompose(x, rtol)
+    # ⟨x_i, H⁺x_i⟩ = n·‖u_i‖², so κ̃ needs no inverse of H.
     leverages = found.u.square().sum(dim=1)
     return ConditionNumbers(
         L=found.norm_h,
@@ -209,6 +210,7 @@ def least_squares_constants(
     finite = bool(x.isfinite().all() and r.isfinite().all())
     remedy = "Leave out what overflowed."
     expect(finite, "features and residuals", "finite", Words("NaN or Inf"), remedy)
+    # `rtol` is about eigenvalues of H, which are squares of singular values of X.
     found = _decompose(x, None if rtol is None else math.sqrt(rtol))
     # Σ in the basis of the eigenvectors; the factors s keep small directions to full precision.
     s = found.eigenvalues.sqrt()
@@ -235,6 +237,7 @@ def constants_of_moments(
         (6.499, 7.5)
     """
     w, v = torch.linalg.eigh(second.double())
+    # Strictly, so that eigenvalues of zero go even for `rtol=0`.
     kept = rtol * w[-1] < w
     expect(bool(kept.any()), "second", "not zero", Words("only zeros"), _NOTHING)
     w, v = w[kept], v[:, kept]
@@ -279,7 +282,7 @@ def _decompose(x: Tensor, rtol: float | None) -> _Decomposition:
 
 
 def _precision(x: Tensor) -> float:
-    """Share of the largest singular value below which rounding makes singular values out of nothing."""
+    """Return the share of the largest singular value below which a singular value may be rounding alone."""
     stored = x.dtype if x.is_floating_point() else torch.double
     # NumPy's rule for the arithmetic behind the features, which is no less precise than float32. Rounding the result
     # to a narrower type moves singular values by at most ε‖X‖_F/2 ≤ ε·√min(n, d)·σ₁.
@@ -293,6 +296,7 @@ def _second_moment(u: Tensor, weights: Tensor) -> Tensor:
 
 def _constants(w: Tensor, r2: float, noise: Tensor) -> LeastSquaresConstants:
     """Build the result from the eigenvalues of H, R², and Σ in the basis of the eigenvectors."""
+    # In the basis of the eigenvectors of H the Lyapunov equation falls apart into single numbers.
     solution = noise / (w[:, None] + w)  # HS + SH = Σ
     trace = float(solution.trace())
     largest = float(torch.linalg.eigvalsh(solution)[-1])
@@ -301,6 +305,7 @@ def _constants(w: Tensor, r2: float, noise: Tensor) -> LeastSquaresConstants:
         norm_h=float(w.max()),
         mu=float(w.min()),
         rho_m=len(w) * largest / trace if trace > 0 else 1.0,  # without noise it does not matter
+        # HS + SH = Σ times H⁻¹ has the trace 2·Tr(S) = Tr(H⁻¹Σ).
         sigma2_mle=2 * trace,
         rank=len(w),
     )
@@ -316,6 +321,7 @@ def _gather(
     collected: list[Tensor] = []
     missing = num_samples
     for batch in batches:
+        # Cut before it is kept, so that a large last batch costs no memory.
         rows = feature_map(batch)[:missing]
         collected.append(rows)
         missing -= len(rows)
