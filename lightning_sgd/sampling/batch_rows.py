@@ -65,7 +65,7 @@ class FollowedBatch:
 
     def pin_memory(self) -> FollowedBatch:
         """Pin the batch; the thread of the data loader calls this."""
-        pinned = pin_memory(self.batch)  # type: ignore[no-untyped-call]  # torch has no types for it
+        pinned = pin_memory(self.batch)
         return FollowedBatch(pinned, self.rows)
 
 
