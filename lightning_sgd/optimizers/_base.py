@@ -1,4 +1,4 @@
-"""What the optimizers share: the way through a step, checks of settings, the choice of a kernel, and loading."""
+"""The base of the optimizers: the loop over groups, checks of settings, the choice of a kernel, and loading."""
 
 from __future__ import annotations
 

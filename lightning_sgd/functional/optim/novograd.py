@@ -54,7 +54,7 @@ _SMALLEST_GAIN = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class NovoGradSettings:
-    """What one step needs besides the step size.
+    """Settings of a step of NovoGrad, besides the step size.
 
     Attributes:
         beta1: Decay rate of the momentum [β₁].
