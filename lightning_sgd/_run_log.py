@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,9 +13,12 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sgd._validation import warn_at_user_line
 
 FILE = "findings.json"
 PACKAGES = "lightning-sgd", "lightning", "torch", "torchmetrics", "numpy"
@@ -23,6 +26,7 @@ PACKAGES = "lightning-sgd", "lightning", "torch", "torchmetrics", "numpy"
 # Weak, so that a record does not keep a trainer alive; and not an attribute of the trainer, which is pickled for
 # `spawn`.
 _RECORDS: WeakKeyDictionary[Trainer, dict[str, Any]] = WeakKeyDictionary()
+_WARNED: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 
 
 def announce(trainer: Trainer, plugin: str, moment: Literal["start", "end"], sentence: str) -> None:
@@ -55,7 +59,8 @@ def log_metrics(trainer: Trainer, values: Mapping[str, float], num_uncounted: in
     """
     step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped + num_uncounted - 1)
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=step)
+        with reporting(trainer, f"{type(logger).__name__} did not take metrics"):
+            logger.log_metrics(dict(values), step=step)
     # Tensors, because EarlyStopping and ModelCheckpoint compare with functions of torch.
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
 
@@ -65,22 +70,74 @@ def logger_names(trainer: Trainer) -> str:
     return ", ".join(type(logger).__name__ for logger in trainer.loggers) or "no logger"
 
 
-def log_folder(trainer: Trainer) -> Path:
-    """Return the folder for files of this run; to be called on all ranks, because a logger may ask the first one."""
+@contextmanager
+def reporting(trainer: Trainer, failure: str) -> Iterator[None]:
+    """Turn every error of the block into one warning per training: a report may never end a training.
+
+    Args:
+        trainer: The training that goes on.
+        failure: What has not been done in this case, as the beginning of the warning.
+    """
+    try:
+        yield
+    except Exception as error:  # loggers and remote file systems raise errors of their own
+        warned = _WARNED.setdefault(trainer, set())
+        if failure not in warned:
+            warned.add(failure)
+            reason = " ".join(str(error).split())
+            warn_at_user_line(f"{failure}; training goes on. {type(error).__name__}: {reason}")
+
+
+def log_folder(trainer: Trainer) -> str:
+    """Return the folder or URL for files of this run; to be called on all ranks: a logger may ask the first one."""
     # Lightning broadcasts `log_dir` from rank 0, a collective: hence on all ranks.
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    return str(trainer.log_dir or trainer.default_root_dir)
 
 
-def record_figure(trainer: Trainer, key: str, file: Path) -> None:
+def save_file(folder: str, name: str, content: bytes) -> str:
+    """Write a file as a whole or not at all, make its folder if needed, and return its path.
+
+    Args:
+        folder: Local, or the URL of a file system that fsspec knows.
+        name: Name of the file.
+        content: What to write.
+
+    Raises:
+        OSError: If that is not possible; remote file systems may raise other errors.
+    """
+    if is_remote(folder):
+        files, path = get_filesystem(folder), f"{folder.rstrip('/')}/{name}"
+        files.makedirs(folder, exist_ok=True)
+        files.pipe_file(path, content)
+        return path
+    local = Path(folder)
+    local.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed: who reads while training goes on never sees half a file.
+    part = local / f"{name}.part"
+    try:
+        part.write_bytes(content)
+        part.replace(local / name)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return str(local / name)
+
+
+def is_remote(folder: str) -> bool:
+    """Return whether a folder is the URL of a file system, such as ``s3://bucket/run``."""
+    return "://" in folder
+
+
+def record_figure(trainer: Trainer, key: str, file: str) -> None:
     """Store where a figure is; to be called on rank 0.
 
     Args:
         trainer: Knows where the metrics go.
         key: Name of the figure in a logger, which begins like the metrics that it belongs to.
-        file: Where it is.
+        file: Path or URL of the figure.
     """
     record = _record(trainer)
-    record["figures"][key] = str(file.absolute())
+    record["figures"][key] = file if is_remote(file) else str(Path(file).absolute())
     _write(trainer, record)
 
 
@@ -114,11 +171,9 @@ def _write(trainer: Trainer, record: dict[str, Any]) -> None:
     loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
     if not (loggers and trainer.is_global_zero):
         return
-    folder = Path(loggers[0].log_dir)
-    if "://" in loggers[0].log_dir:  # the report reads local files
+    folder = loggers[0].log_dir
+    if is_remote(folder):  # the report reads local files
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed: who reads while training goes on never sees half a file.
-    part = folder / f"{FILE}.part"
-    part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(folder / FILE)
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    with reporting(trainer, f"{FILE} cannot be written to {folder}"):
+        save_file(folder, FILE, text.encode())

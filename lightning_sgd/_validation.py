@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import numpy as np
 
@@ -78,6 +80,53 @@ def expect(condition: bool, argument: str, expected: str, got: object, remedy: s
         raise ValueError(f"Expected `{argument}` to be {expected}, got {got!r}. {remedy}")
 
 
+def expect_one_of(
+    value: object, choices: Any, argument: str, remedy: str = "Choose one of them."
+) -> None:
+    """Raise a ``ValueError`` unless ``value`` is one of the values of a ``Literal``; suggest the nearest of them.
+
+    The command line checks such arguments by their types; Python does not.
+
+    Args:
+        value: What the user gave.
+        choices: A ``Literal``, or a union of them, possibly with ``None``.
+        argument: Name of the argument as the user spells it.
+        remedy: What the error recommends where no value is similar.
+
+    Raises:
+        ValueError: If the value is none of the choices.
+
+    Example:
+        >>> expect_one_of("bf16", Literal["full", "bfloat16"], "wire_dtype")
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected `wire_dtype` to be one of full, bfloat16, got 'bf16'. Did you mean 'bfloat16'?
+    """
+    words = literal_values(choices)
+    # Scalars alone: arrays compare element by element.
+    if isinstance(value, (str, int, float, np.generic, NoneType)) and value in words:
+        return
+    texts = [word for word in words if isinstance(word, str)]
+    # The cut-off finds abbreviations such as bf16, and leaves out words that share only some letters.
+    near = difflib.get_close_matches(str(value).lower(), texts, n=1, cutoff=0.5)
+    remedy = f"Did you mean {near[0]!r}?" if near else remedy
+    expect(False, argument, f"one of {', '.join(map(str, words))}", value, remedy)
+
+
+def literal_values(choices: Any) -> tuple[Any, ...]:
+    """List the values of a ``Literal``, or of a union with ``Literal`` types, in order.
+
+    Example:
+        >>> literal_values(Literal["auto", "svd"] | None)
+        ('auto', 'svd', None)
+    """
+    if choices is NoneType:
+        return (None,)
+    if get_origin(choices) is Literal:
+        return get_args(choices)
+    return tuple(word for part in get_args(choices) for word in literal_values(part))
+
+
 def is_finite_at_least(value: float, bound: float) -> bool:
     """Return whether ``value`` is a finite number that is not below ``bound``; false for NaN.
 
@@ -91,11 +140,27 @@ def is_finite_at_least(value: float, bound: float) -> bool:
         return False
 
 
+def is_whole(value: object, least: int = 0) -> bool:
+    """Return whether ``value`` is a whole number of at least ``least``.
+
+    Example:
+        >>> is_whole(4), is_whole(2.5), is_whole("4"), is_whole(0, least=1)
+        (True, False, False, False)
+    """
+    return isinstance(value, (int, float)) and value >= least and value % 1 == 0
+
+
+def expect_whole(value: object, least: int, argument: str, remedy: str) -> None:
+    """Raise a ``ValueError`` unless ``value`` is a whole number of at least ``least``."""
+    kind = "" if is_whole(value, -sys.maxsize) else "a whole number of "
+    expect(is_whole(value, least), argument, f"{kind}at least {least}", value, remedy)
+
+
 def plain_number(value: Any) -> Any:
     """Turn what a user may give for a number into a number of Python; leave everything else as it is.
 
-    That is a number as text, as YAML reads ``1e-3``, a NumPy scalar, and lists and tuples of these. Checkpoints that
-    are loaded with ``weights_only=True`` take no NumPy scalar.
+    That is a number as text, as YAML reads ``1e-3``, a NumPy scalar, and lists, tuples and dictionaries of these.
+    Checkpoints that are loaded with ``weights_only=True`` take no NumPy scalar.
 
     Example:
         >>> plain_number("1e-3"), plain_number(np.float32(0.5)), plain_number(["0.9", 1])
@@ -108,6 +173,8 @@ def plain_number(value: Any) -> Any:
                 return kind(value)
     elif isinstance(value, np.generic):
         return value.item()
+    elif type(value) is dict:
+        return {plain_number(key): plain_number(number) for key, number in value.items()}
     elif type(value) in (list, tuple):
         return type(value)(map(plain_number, value))
     return value

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd._validation import (
+    expect,
+    expect_one_of,
+    expect_whole,
+    plain_number,
+    warn_no_effect,
+)
 from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
 from lightning_sgd.functional.distributed.gossip_pga import (
     AdaptivePeriod,
@@ -29,6 +35,11 @@ from lightning_sgd.strategies._base.parameter_averaging import (
 from lightning_sgd.strategies._base.replica import Replica
 from lightning_sgd.strategies._comm.collectives import Collectives
 from lightning_sgd.strategies._comm.in_flight import PendingSendRecv
+
+MixingOrder: TypeAlias = Literal["adapt_then_combine", "overlap"]
+WireType: TypeAlias = Literal["full", "bfloat16"]
+
+BOUNDS = ("adaptive_warmup_steps", "min_period", "max_period")
 
 
 class GossipPGAStrategy(ParameterAveragingStrategy):
@@ -124,8 +135,8 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         min_period: int = 1,
         max_period: int = 64,
         loss_smoothing: float = 0.9,
-        order: Literal["adapt_then_combine", "overlap"] = "adapt_then_combine",
-        wire_dtype: Literal["full", "bfloat16"] = "full",
+        order: MixingOrder = "adapt_then_combine",
+        wire_dtype: WireType = "full",
         buffers: BufferPolicy = "average",
         optimizer_state: OptimizerStatePolicy = "keep",
         initial_weights: InitialWeights = "broadcast",
@@ -143,14 +154,17 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        expect_one_of(order, MixingOrder, "order")
+        expect_one_of(wire_dtype, WireType, "wire_dtype")
         known = isinstance(topology, Topology) or topology in NAMED
         remedy = (
             f"Choose one of {', '.join(NAMED)}, or give a graph such as lightning_sgd.FromGraph."
         )
         expect(known, "topology", "a graph or the name of one", topology, remedy)
         self.topology = NAMED[topology]() if isinstance(topology, str) else topology
-        valid = period is None or period >= 1
-        expect(valid, "period", "at least 1", period, "null means never; 6 is the default.")
+        period, loss_smoothing = plain_number(period), plain_number(loss_smoothing)
+        if period is not None:
+            expect_whole(period, 1, "period", "null means never; 6 is the default.")
         remedy = "Give the period where it starts, such as 4."
         expect(not adaptive or period is not None, "period", "a number", period, remedy)
         remedy = "0 takes the last loss alone, 0.9 is the default."
@@ -159,7 +173,9 @@ class GossipPGAStrategy(ParameterAveragingStrategy):
         self._warned = False
         self.in_background = order == "overlap"
         self.wire_dtype = torch.bfloat16 if wire_dtype == "bfloat16" else None
-        self._bounds = (adaptive_warmup_steps, min_period, max_period)
+        self._bounds = plain_number((adaptive_warmup_steps, min_period, max_period))
+        for name, bound in zip(BOUNDS, self._bounds, strict=True):
+            expect_whole(bound, 0, name, "Leave it out.")
         if adaptive:
             self._adaptive_period()
         self._reset()

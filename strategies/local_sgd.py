@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of, expect_whole, is_whole, plain_number
 from lightning_sgd.functional.distributed.local_sgd import PeriodSchedule, RunningMean
 from lightning_sgd.strategies._base.common_model import BufferPolicy, OptimizerStatePolicy
 from lightning_sgd.strategies._base.parameter_averaging import (
@@ -19,6 +19,8 @@ from lightning_sgd.strategies._base.parameter_averaging import (
     describe_warm_up,
 )
 from lightning_sgd.strategies._base.replica import Replica
+
+WhatToAverage: TypeAlias = Literal["last", "tail"]
 
 
 class LocalSGDStrategy(ParameterAveragingStrategy):
@@ -87,7 +89,7 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
         self,
         period: int | dict[int, int] | None = 8,
         warmup_steps: int = 0,
-        average: Literal["last", "tail"] = "last",
+        average: WhatToAverage = "last",
         tail_start: int | float = 0.5,
         buffers: BufferPolicy = "average",
         optimizer_state: OptimizerStatePolicy = "keep",
@@ -106,15 +108,17 @@ class LocalSGDStrategy(ParameterAveragingStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        expect_one_of(average, WhatToAverage, "average", "The default is 'last'.")
         self.schedule = PeriodSchedule(period)
-        self.period, self.average_of = period, average
-        expect(warmup_steps >= 0, "warmup_steps", "at least 0", warmup_steps, "The default is 0.")
+        self.period, self.average_of = plain_number(period), average
+        warmup_steps, tail_start = plain_number(warmup_steps), plain_number(tail_start)
+        expect_whole(warmup_steps, 0, "warmup_steps", "The default is 0.")
         remedy = "Set period to null, or average to 'last'."
         expect(
             average == "last" or period is None, "average", "'last' with a period", average, remedy
         )
         is_share = isinstance(tail_start, float)
-        valid = 0 <= tail_start < 1 if is_share else tail_start >= 0
+        valid = 0 <= tail_start < 1 if is_share else is_whole(tail_start)
         remedy = "0.5 is half of all steps, 500 is step 500."
         expect(valid, "tail_start", "a step or a share in [0, 1)", tail_start, remedy)
         self.warmup_steps, self.tail_start = warmup_steps, tail_start

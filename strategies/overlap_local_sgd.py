@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of, expect_whole, plain_number
 from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers, distance
 from lightning_sgd.functional.distributed.overlap_local_sgd import (
     effective_step,
@@ -29,6 +29,8 @@ from lightning_sgd.strategies._base.parameter_averaging import (
 from lightning_sgd.strategies._base.replica import Replica
 from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
 from lightning_sgd.strategies._comm.in_flight import PendingMean
+
+EvaluatedModel: TypeAlias = Literal["mean", "anchor", "local"]
 
 
 class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
@@ -118,7 +120,7 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
         scale_velocity_with_lr: bool = True,
         warmup_steps: int = 0,
         overlap: bool = True,
-        eval_model: Literal["mean", "anchor", "local"] = "mean",
+        eval_model: EvaluatedModel = "mean",
         buffers: BufferPolicy = "average",
         initial_weights: InitialWeights = "broadcast",
         sigterm_every_n_batches: int = 1,
@@ -135,13 +137,16 @@ class OverlapLocalSGDStrategy(ParameterAveragingStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        expect(period >= 1, "period", "at least 1", period, "The default is 2.")
+        expect_one_of(eval_model, EvaluatedModel, "eval_model")
+        period, warmup_steps = plain_number(period), plain_number(warmup_steps)
+        pullback, anchor_momentum = plain_number(pullback), plain_number(anchor_momentum)
+        expect_whole(period, 1, "period", "The default is 2.")
         remedy = "With 1 training stands still, with 0 ranks never meet; 0.6 is the default."
         expect(0 < pullback < 1, "pullback", "in (0, 1)", pullback, remedy)
         remedy = "0 is no momentum, 0.7 is the default."
         valid = 0 <= anchor_momentum < 1
         expect(valid, "anchor_momentum", "in [0, 1)", anchor_momentum, remedy)
-        expect(warmup_steps >= 0, "warmup_steps", "at least 0", warmup_steps, "The default is 0.")
+        expect_whole(warmup_steps, 0, "warmup_steps", "The default is 0.")
         self.period, self.pullback, self.anchor_momentum = period, pullback, anchor_momentum
         self.lr_compensation, self.scale_velocity_with_lr = lr_compensation, scale_velocity_with_lr
         self.warmup_steps, self.in_background = warmup_steps, overlap

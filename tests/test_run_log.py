@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_sgd import RankMonitor
+from lightning_sgd import CommunicationMonitor, RankMonitor
 
 QUIET = {
     "max_steps": 2,
@@ -65,3 +67,100 @@ def test_another_run_in_the_folder_replaces_what_was_said(tmp_path):
     (folder / "findings.json").write_text('{"plugins": {"Other": {"end": "long ago"}}}')
     fit(tmp_path, CSVLogger(tmp_path, name="run", version=""))
     assert json.loads((folder / "findings.json").read_text())["plugins"].keys() == {"RankMonitor"}
+
+
+# A report may never end a training
+
+
+def table_and_figure():
+    return [
+        CommunicationMonitor(),
+        RankMonitor(every_n_steps=1, max_overhead=None, min_side=2),
+    ]
+
+
+def warnings_of(run):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [
+        str(warning.message) for warning in caught if "training goes on" in str(warning.message)
+    ]
+
+
+def test_a_folder_that_cannot_be_written_costs_the_files_and_not_the_training(tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where a folder should be")
+    fitted = []
+    said = warnings_of(
+        lambda: fitted.append(fit(blocked / "run", False, callbacks=table_and_figure()))
+    )
+    assert fitted[0].state.finished
+    assert len(said) == 2
+    assert "communication.md cannot be written" in said[0]
+    assert "NotADirectoryError" in said[0]
+    assert "rank_heat_map.png" in said[1]
+    assert "No table: see the warning." in caplog.text
+    assert "No heat map: see the warning." in caplog.text
+
+
+def test_findings_that_cannot_be_written_warn_once(tmp_path):
+    (tmp_path / "run" / "findings.json" / "folder").mkdir(parents=True)
+    logger = CSVLogger(tmp_path, name="run", version="")
+    said = warnings_of(lambda: fit(tmp_path, logger))
+    assert ["findings.json cannot be written" in line for line in said] == [True]
+    assert list(tmp_path.rglob("*.part")) == []
+
+
+def test_files_go_to_a_remote_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = f"memory://{tmp_path.name}/run"
+    said = warnings_of(lambda: fit(root, False, callbacks=table_and_figure()))
+    assert said == []
+    assert list(tmp_path.iterdir()) == []
+    names = ["communication.md", "rank_heat_map.png", "rank_heat_map.svg"]
+    files = get_filesystem(root)
+    assert sorted(path.rpartition("/")[2] for path in files.ls(root, detail=False)) == names
+    assert files.cat_file(f"{root}/rank_heat_map.png").startswith(b"\x89PNG")
+
+
+class OtherSignature(CSVLogger):
+    def log_image(self, image, name):
+        raise AssertionError("never called with these names")
+
+
+class RefusesImages(CSVLogger):
+    def log_image(self, key, images, step=None):
+        raise ConnectionError("no network")
+
+
+class RefusesMetrics(CSVLogger):
+    def log_metrics(self, metrics, step=None):
+        raise ConnectionError("no network")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OtherSignature, "did not take the figure rank/heat_map; training goes on. TypeError"),
+        (RefusesImages, "did not take the figure rank/heat_map; training goes on. ConnectionError"),
+        (RefusesMetrics, "did not take metrics; training goes on. ConnectionError: no network"),
+    ],
+)
+def test_a_logger_that_fails_ends_no_training(tmp_path, kind, reason):
+    fitted = []
+    logger = kind(tmp_path, name="run", version="")
+    said = warnings_of(lambda: fitted.append(fit(tmp_path, logger, log_every_n_steps=10)))
+    assert fitted[0].state.finished
+    assert len(said) == 1
+    assert f"{kind.__name__} {reason}" in said[0]
+    assert (tmp_path / "run" / "rank_heat_map.png").exists()
+
+
+def test_a_figure_that_cannot_be_drawn_ends_no_training(tmp_path, monkeypatch):
+    def fail(self):
+        raise ZeroDivisionError("no data")
+
+    monkeypatch.setattr(RankMonitor, "_heat_map", fail)
+    said = warnings_of(lambda: fit(tmp_path, False))
+    assert [line.endswith("ZeroDivisionError: no data") for line in said] == [True]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd._validation import expect, expect_one_of, warn_no_effect
 from lightning_sgd.callbacks._monitoring.extra_batches import (
     LossFunction,
     draw_batch,
@@ -77,9 +77,8 @@ class GradientCollector:
         for name, value in (("num_coordinates", num_coordinates), ("batch_size", batch_size)):
             remedy = "None takes all coordinates, or the batch size of training."
             expect(value is None or value >= 1, name, "at least 1", value, remedy)
-        known = get_args(GradientSource)
         remedy = "The default is 'extra', extra passes."
-        expect(source in known, "source", f"one of {', '.join(known)}", source, remedy)
+        expect_one_of(source, GradientSource, "source", remedy)
         self.num_gradients, self.num_coordinates = num_gradients, num_coordinates
         self.batch_size, self.train_mode, self.loss_fn = batch_size, train_mode, loss_fn
         self.seed, self.source, self.sketch = seed, source, sketch

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sgd._distributed import gather_numbers, reduce_mean
-from lightning_sgd._run_log import log_folder
+from lightning_sgd._run_log import log_folder, reporting, save_file
 from lightning_sgd._validation import expect
 from lightning_sgd.callbacks._monitoring.gradient_collector import holds_whole_model
 from lightning_sgd.callbacks._monitoring.monitor import Monitor
@@ -263,10 +263,11 @@ class CommunicationMonitor(Monitor):
         folder = log_folder(trainer)
         if not trainer.is_global_zero:
             return ""
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "communication.md"
-        file.write_text(self.table() + "\n")
-        return f" Table: {file}"
+        said = " No table: see the warning."
+        with reporting(trainer, f"communication.md cannot be written to {folder}"):
+            table = f"{self.table()}\n".encode()
+            said = f" Table: {save_file(folder, 'communication.md', table)}"
+        return said  # noqa: RET504  # the block before may end early
 
 
 def _as_traffic(row: Sequence[float], num_steps: int) -> tuple[Traffic, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sgd._distributed import gather_numbers
 from lightning_sgd._run_log import announce, log_metrics, logger_names
-from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd._validation import expect, plain_number, warn_no_effect
 from lightning_sgd.callbacks._monitoring.figures import publish_if_possible
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
     PatchedAttributes,
@@ -33,6 +34,7 @@ from lightning_sgd.functional.sampling.priority_sampling import (
     effective_sample_size,
 )
 from lightning_sgd.sampling import PrioritySampler
+from lightning_sgd.sampling.batch_rows import BatchRows
 from lightning_sgd.sampling.loss_recorder import ScoreFunction, ScoreName
 from lightning_sgd.sampling.priority_loader import PriorityDataLoader, with_priorities
 from lightning_sgd.sampling.priority_sampler import check_sampler_settings
@@ -154,11 +156,11 @@ class PrioritySampling(Callback):
         seed: int = 0,
         save_figure: bool = True,
     ) -> None:
-        self.score, self.beta, self.beta_end, self.weight_norm = score, beta, beta_end, weight_norm
-        self.pressure_end, self.selection = pressure_end, selection
-        self.refresh_every_n_epochs = refresh_every_n_epochs
+        self.score, self.weight_norm, self.selection = score, weight_norm, selection
+        self.beta, self.beta_end, self.pressure_end = plain_number([beta, beta_end, pressure_end])
+        self.refresh_every_n_epochs = plain_number(refresh_every_n_epochs)
         self.irreducible_losses = irreducible_losses
-        self.seed, self.save_figure = seed, save_figure
+        self.seed, self.save_figure = plain_number(seed), save_figure
         # The order is part of the state key, which checkpoints know.
         self.settings: dict[str, Any] = {
             "order": order,
@@ -172,6 +174,7 @@ class PrioritySampling(Callback):
             "pressure": pressure,
             "top": top,
         }
+        self.settings = {name: plain_number(value) for name, value in self.settings.items()}
         checked = {name: value for name, value in self.settings.items() if name != "stratified"}
         check_sampler_settings(**checked)
         check_settings(self._everything())
@@ -180,9 +183,10 @@ class PrioritySampling(Callback):
         rule = None if selection is None else type(selection).__name__
         # Computed once, because Lightning asks for it in every hook.
         self._state_key = self._generate_state_key(
-            score=name, beta=beta, selection=rule, seed=seed, **self.settings
+            score=name, beta=self.beta, selection=rule, seed=self.seed, **self.settings
         )
         self.run: PriorityRun | None = None
+        self._arrived: deque[BatchRows] = deque()
         self._patches = PatchedAttributes()
         self._restored: dict[str, Any] | None = None
         self._is_passive, self._warned = False, False
@@ -244,7 +248,8 @@ class PrioritySampling(Callback):
         progress = _progress(trainer) if changes else 0.0
         end = self.beta if self.beta_end is None else self.beta_end
         beta = annealed(self.beta, end, progress)
-        self._running.begin_batch(beta, self.weight_norm, progress)
+        rows = self._arrived.popleft() if self._arrived else None
+        self._running.begin_batch(beta, self.weight_norm, progress, rows)
 
     def on_train_batch_end(
         self,
@@ -257,6 +262,10 @@ class PrioritySampling(Callback):
         """Exchange the scores of the ranks, and enter them into the table."""
         if self._is_passive:
             return
+        if batch is None:
+            # A `collate_fn` had no samples left; Lightning skips the step of this rank, not those of the others.
+            self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            self._running.leave_out()
         values = self._running.end_batch(wants_values=_is_due(trainer))
         if trainer.is_last_batch:
             # Lightning leaves `on_train_epoch_end` out when it resumes from a checkpoint of the last batch.
@@ -322,7 +331,8 @@ class PrioritySampling(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one training."""
-        return {**self.__dict__, "run": None, "_patches": PatchedAttributes(), "_restored": None}
+        of_training = {"run": None, "_patches": PatchedAttributes(), "_restored": None}
+        return {**self.__dict__, **of_training, "_arrived": deque()}
 
     # Small things.
 
@@ -365,6 +375,7 @@ class PrioritySampling(Callback):
             return PrioritySampler(dataset, batch_size, **settings)
 
         found = with_priorities(loader, make, ranks["num_replicas"])
+        self._arrived = found.arrived
         if self.run is None or found.priorities is not self.run.sampler:
             self.run = self._begin(trainer, pl_module, found.priorities)
         return found

@@ -15,6 +15,9 @@ from lightning_sgd.callbacks._monitoring.extra_batches import to_device
 from lightning_sgd.callbacks._monitoring.module_state import random_states_kept
 from lightning_sgd.callbacks.priority_sampling.borrowed import side_effect_free_eval
 from lightning_sgd.callbacks.priority_sampling.run import PriorityRun
+from lightning_sgd.sampling.batch_rows import BatchRows, FollowedBatch, FollowedCollate
+from lightning_sgd.sampling.priority_loader import check_rows
+from lightning_sgd.sampling.priority_table import UNKNOWN
 
 
 def refreshed_scores(trainer: Trainer, module: LightningModule, run: PriorityRun) -> Tensor:
@@ -29,17 +32,37 @@ def refreshed_scores(trainer: Trainer, module: LightningModule, run: PriorityRun
         trainer.precision_plugin.train_step_context(),
     ):
         parts = [
-            run.measured(_step(module, number), to_device(batch, trainer), len(indices))
-            for number, (indices, batch) in enumerate(_batches(trainer, own, size))
+            _measured(trainer, module, run, number, len(indices), followed)
+            for number, (indices, followed) in enumerate(_batches(trainer, own, size))
         ]
     scores = gather(torch.cat(parts), run.sampler.num_replicas)
     return scores.flatten()[:num].cpu()
 
 
+def _measured(
+    trainer: Trainer,
+    module: LightningModule,
+    run: PriorityRun,
+    number: int,
+    num: int,
+    followed: FollowedBatch,
+) -> Tensor:
+    """Measure the scores of ``num`` samples; those that the ``collate_fn`` dropped stay unknown."""
+    rows = followed.rows if followed.rows.num_items == num else BatchRows(num)
+    check_rows(rows)
+    if followed.batch is None:
+        return torch.full((num,), UNKNOWN, device=module.device)
+    scores = run.measured(_step(module, number), to_device(followed.batch, trainer), len(rows))
+    return rows.of_samples(scores, UNKNOWN)
+
+
 def _batches(trainer: Trainer, indices: Tensor, size: int) -> Any:
     loader: Any = trainer.train_dataloader
     batches = [indices[i : i + size].tolist() for i in range(0, len(indices), size)]
-    settings = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
+    settings = {
+        "collate_fn": FollowedCollate(loader.collate_fn),
+        "num_workers": loader.num_workers,
+    }
     inner = DataLoader(
         loader.dataset, batch_sampler=batches, generator=torch.Generator(), **settings
     )

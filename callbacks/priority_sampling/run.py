@@ -25,6 +25,7 @@ from lightning_sgd.functional.sampling.priority_sampling import (
 )
 from lightning_sgd.functional.sampling.sample_losses import NAMES
 from lightning_sgd.sampling import PrioritySampler
+from lightning_sgd.sampling.batch_rows import BatchRows
 from lightning_sgd.sampling.draw import Draw
 from lightning_sgd.sampling.loss_recorder import (
     LossRecorder,
@@ -67,6 +68,7 @@ class PriorityRun:
         self.num_batches = self.num_by_priority = self.num_rows = self.num_trained = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._draw: Draw | None = None
+        self._rows = BatchRows(0)
         self._weights: Tensor | None = None
         self._scores: Tensor | None = None
         self._numbers = torch.zeros(0)
@@ -75,14 +77,27 @@ class PriorityRun:
 
     # A batch.
 
-    def begin_batch(self, beta: float, norm: WeightNorm, progress: float) -> None:
-        """Take the draw of the next batch, and compute its weights."""
+    def begin_batch(
+        self, beta: float, norm: WeightNorm, progress: float, rows: BatchRows | None = None
+    ) -> None:
+        """Take the draw of the next batch, and compute its weights.
+
+        Args:
+            beta: 1 for an unbiased gradient, 0 for no correction.
+            norm: What to divide the weights by.
+            progress: Share of the training that is done.
+            rows: The samples of the rows; by default one row each, in order.
+        """
         draw, sampler = self.sampler.take(), self.sampler
         self._draw, self._scores = draw, None
+        num_drawn = len(draw.indices) // sampler.num_replicas
+        # `__getitems__` of a data set may make the batch itself, in order by contract; then the number is not known.
+        is_counted = rows is not None and rows.num_items == num_drawn
+        self._rows = rows if rows is not None and is_counted else BatchRows(num_drawn)
         self._weights = draw.weights(sampler.num_in_dataset, beta, norm)
         if self.selection is not None:
-            num_rows = len(draw.indices) // sampler.num_replicas
-            self._selects = self.selection.is_due(progress, self.num_batches, num_rows)
+            # Not the number of rows, which a `collate_fn` may change on one rank alone.
+            self._selects = self.selection.is_due(progress, self.num_batches, num_drawn)
             # Drawn for all ranks on all ranks, which keeps their generators alike.
             self._numbers = torch.rand(len(draw.indices), generator=self._generator)
 
@@ -96,12 +111,18 @@ class PriorityRun:
         def trial(whole_batch: Any) -> Any:  # not by the strategy, which may count or exchange
             return self.module.training_step(whole_batch, *others)
 
-        num_rows = len(self._own(self._draw.indices))
+        num_rows = len(self._rows)
         if self.selection is not None:
             return self._selected_step(step, trial, batch, num_rows)
         recorder, output = self._listen(step, batch, num_rows, self._own_weights())
         self._scores = self._found(recorder, output)
         return output
+
+    def leave_out(self) -> None:
+        """Note that the batch has no rows, and so no training step."""
+        num_drawn = self._rows.num_items
+        self._scores = torch.full((num_drawn,), UNKNOWN, device=self.module.device)
+        self._rows = BatchRows(num_drawn)
 
     def end_batch(self, wants_values: bool) -> dict[str, float]:
         """Exchange the scores of all ranks, and enter them.
@@ -115,7 +136,9 @@ class PriorityRun:
                 "Expected the strategy to call `training_step`, got another way of training. Leave "
                 "PrioritySampling out."
             )
-        gathered = gather(self._scores, sampler.num_replicas).flatten().cpu()
+        # One for each sample that was drawn, so that all ranks send as many, whatever rows a `collate_fn` dropped.
+        own_scores = self._rows.of_samples(self._scores, UNKNOWN)
+        gathered = gather(own_scores, sampler.num_replicas).flatten().cpu()
         scores = self._reduced(gathered, draw.indices)
         values = self._values(draw, scores) if wants_values else {}
         sampler.update(draw, scores)
@@ -222,8 +245,8 @@ class PriorityRun:
             precision = self.module.trainer.precision_plugin
             with side_effect_free_eval(self.module), precision.train_step_context():
                 looked_at = self.measured(trial, batch, num_rows)
-            scores = finite(self._reduced(looked_at.cpu(), self._own(self._draw.indices)))
-            rows, weights = self.selection.choose(scores, self._own(self._numbers))
+            scores = finite(self._reduced(looked_at.cpu(), self._of_rows(self._draw.indices)))
+            rows, weights = self.selection.choose(scores, self._of_rows(self._numbers))
             part, num = take_rows(batch, rows, num_rows), len(rows)
         elif num_rows > self.sampler.batch_size:  # candidates, but it was switched off meanwhile
             num = self.sampler.batch_size
@@ -267,6 +290,11 @@ class PriorityRun:
         rows = ", ".join(map(str, sorted(recorder.other_rows)))
         got = f"{rows} rows" if rows else "none of them"
         got += " that it returns" if recorder.unreached else ""
+        if rows and self._draw is not None and not self._rows.is_known:
+            raise RuntimeError(
+                f"Expected `collate_fn` to make one row for each of the {recorder.num_samples} samples where it cannot "
+                f"be followed, got {got}. Leave samples out by torch.utils.data.Subset instead."
+            )
         raise RuntimeError(
             f"Expected `training_step` to compute its loss by one of {NAMES} with one row for each of the "
             f"{recorder.num_samples} samples, got {got}. Return lightning_sgd.priority_mean(losses), with one loss for "
@@ -276,18 +304,20 @@ class PriorityRun:
     def _note_classes(self, recorder: LossRecorder) -> None:
         if self._draw is None or recorder.classes is None:
             return
-        own = self._own(self._draw.indices)
+        own = self._of_rows(self._draw.indices)
         if len(own) == recorder.num_samples:
             self.classes[own] = recorder.classes.to("cpu", torch.int32)
 
     # Small things.
 
-    def _own(self, values: Tensor) -> Tensor:
+    def _of_rows(self, values: Tensor) -> Tensor:
+        """Select the values of the rows of this rank's batch from those of the samples of all ranks."""
         assert self._draw is not None
-        return self._draw.part(values, self.sampler.rank, self.sampler.num_replicas)
+        own = self._draw.part(values, self.sampler.rank, self.sampler.num_replicas)
+        return self._rows.of_rows(own)
 
     def _own_weights(self) -> Tensor | None:
-        return None if self._weights is None else self._own(self._weights)
+        return None if self._weights is None else self._of_rows(self._weights)
 
     def _reduced(self, scores: Tensor, indices: Tensor) -> Tensor:
         return scores if self.irreducible is None else scores - self.irreducible[indices]

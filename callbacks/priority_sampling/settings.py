@@ -11,9 +11,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_sgd._validation import expect, warn_no_effect, warn_outside_intended_use
-from lightning_sgd.functional.sampling.priority_sampling import WEIGHT_NORMS
-from lightning_sgd.sampling.loss_recorder import SCORE_NAMES
+from lightning_sgd._validation import (
+    expect,
+    expect_one_of,
+    warn_no_effect,
+    warn_outside_intended_use,
+)
+from lightning_sgd.functional.sampling.priority_sampling import WeightNorm
+from lightning_sgd.sampling.loss_recorder import ScoreName
 
 _SAFE_MIX = 0.3
 _AT_LEAST_ONE = {
@@ -41,16 +46,17 @@ def check_settings(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Says which and what to do.
     """
-    names, score = ", ".join(SCORE_NAMES), given["score"]
-    remedy = "Leave it out for the bound of the gradient norm."
-    known = callable(score) or score in SCORE_NAMES
-    expect(known, "score", f"one of {names}, or a function", score, remedy)
+    score = given["score"]
+    if not callable(score):
+        remedy = (
+            "Give one of them or a function, or leave it out for the bound of the gradient norm."
+        )
+        expect_one_of(score, ScoreName, "score", remedy)
     for name in ("beta", "beta_end"):
         value = given[name]
         remedy = "1 is unbiased, 0 without weights."
         expect(value is None or 0 <= value <= 1, name, "in [0, 1]", value, remedy)
-    norm, norms = given["weight_norm"], ", ".join(WEIGHT_NORMS)
-    expect(norm in WEIGHT_NORMS, "weight_norm", f"one of {norms}", norm, "Choose one.")
+    expect_one_of(given["weight_norm"], WeightNorm, "weight_norm")
     for name, remedy in _AT_LEAST_ONE.items():
         value = given[name]
         expect(value is None or value >= 1, name, "at least 1", value, remedy)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import Words, expect
+from lightning_sgd._validation import Words, expect, plain_number
 from lightning_sgd.functional.robust.stacked_rows import (
     BLOCK,
     Rows,
@@ -70,6 +70,7 @@ class Aggregator(ABC):
 
     def __init__(self, num_byzantine: int) -> None:
         remedy = "It is the number of workers that may be faulty."
+        num_byzantine = plain_number(num_byzantine)
         is_count = isinstance(num_byzantine, int) and num_byzantine >= 0
         expect(is_count, "num_byzantine", "a whole number from 0", num_byzantine, remedy)
         self.num_byzantine = num_byzantine

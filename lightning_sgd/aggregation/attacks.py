@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least
 from lightning_sgd.aggregation._aggregator import Aggregator
 from lightning_sgd.aggregation._attack import Attack, Scope
 from lightning_sgd.functional.robust.attacks import alie_factor, largest_hidden_factor, maximize
+
+Sign: TypeAlias = Literal[-1, 1]
+Direction: TypeAlias = Literal["alie", "ipm"]
 
 
 class SignFlip(Attack):
@@ -81,10 +84,10 @@ class ALIE(Attack):
 
     scope: Scope = "columns"
 
-    def __init__(self, z: float | None = None, sign: Literal[-1, 1] = -1) -> None:
+    def __init__(self, z: float | None = None, sign: Sign = -1) -> None:
         fits = z is None or is_finite_at_least(z, 0.0)
         expect(fits, "z", "a number that is not negative", z, "1.5 is common.")
-        expect(sign in (-1, 1), "sign", "−1 or 1", sign, "The default is −1.")
+        expect_one_of(sign, Sign, "sign", "The default is −1.")
         self.z, self.sign = z, sign
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
@@ -149,10 +152,10 @@ class OptimalFactor(Attack):
     def __init__(
         self,
         rule: Aggregator,
-        direction: Literal["alie", "ipm"] = "alie",
+        direction: Direction = "alie",
         num_evaluations: int = 16,
     ) -> None:
-        expect(direction in ("alie", "ipm"), "direction", "alie or ipm", direction, "Choose one.")
+        expect_one_of(direction, Direction, "direction")
         expect(
             num_evaluations >= 2, "num_evaluations", "at least 2", num_evaluations, "16 is usual."
         )

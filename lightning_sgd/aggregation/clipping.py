@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd._validation import expect, is_finite_at_least, plain_number
 from lightning_sgd.aggregation._aggregator import GramRule
 from lightning_sgd.functional.robust.geometric_median import distances_from
 
@@ -52,6 +52,7 @@ class CenteredClipping(GramRule):
     ) -> None:
         super().__init__(num_byzantine)
         self._weigh_workers(worker_weights)
+        radius = plain_number(radius)
         fits = radius == "auto" or (is_finite_at_least(radius, 0.0) and radius > 0)
         expect(fits, "radius", "a positive number or auto", radius, "The default finds one.")
         expect(

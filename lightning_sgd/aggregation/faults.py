@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least
 from lightning_sgd.aggregation._attack import Attack, Scope
 from lightning_sgd.functional.robust.attacks import flip_exponent_bit
 
@@ -59,6 +59,9 @@ class ConstantAttack(Attack):
         return torch.full_like(own, self.value)
 
 
+NotANumber: TypeAlias = Literal["nan", "inf"]
+
+
 class NonFinite(ConstantAttack):
     """NaN or infinity in every coordinate: one such row makes a mean useless.
 
@@ -70,10 +73,8 @@ class NonFinite(ConstantAttack):
         tensor([[inf]])
     """
 
-    def __init__(self, value: Literal["nan", "inf"] = "nan") -> None:
-        expect(
-            value in ("nan", "inf"), "value", "nan or inf", value, "ConstantAttack takes numbers."
-        )
+    def __init__(self, value: NotANumber = "nan") -> None:
+        expect_one_of(value, NotANumber, "value", "ConstantAttack takes numbers.")
         super().__init__(float(value))
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least
 from lightning_sgd.aggregation._aggregator import GramRule
 from lightning_sgd.functional.robust.geometric_median import median_among_rows, weiszfeld
 from lightning_sgd.functional.robust.stacked_rows import squared_distances
+
+Start: TypeAlias = Literal["mean", "zero"]
 
 
 class GeometricMedian(GramRule):
@@ -50,7 +52,7 @@ class GeometricMedian(GramRule):
         smoothing: float | None = None,
         num_iterations: int = 500,
         tolerance: float = 1e-9,
-        start: Literal["mean", "zero"] = "mean",
+        start: Start = "mean",
         worker_weights: Sequence[float] | None = None,
     ) -> None:
         fits = smoothing is None or (is_finite_at_least(smoothing, 0.0) and smoothing > 0)
@@ -66,7 +68,7 @@ class GeometricMedian(GramRule):
         expect(
             fits, "tolerance", "a number that is not negative", tolerance, "The default is 1e-9."
         )
-        expect(start in ("mean", "zero"), "start", "mean or zero", start, "The mean is nearer.")
+        expect_one_of(start, Start, "start", "The mean is nearer.")
         self.smoothing, self.num_iterations = smoothing, num_iterations
         self.tolerance, self.start = tolerance, start
         self.centred = start == "mean"  # a start at zero needs the rows as they are

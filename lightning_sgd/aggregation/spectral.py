@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect, is_finite_at_least, warn_no_effect
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least, warn_no_effect
 from lightning_sgd.aggregation._aggregator import GramRule
 from lightning_sgd.aggregation._draws import Draws
 from lightning_sgd.functional.robust.spectral_filter import (
@@ -16,6 +16,9 @@ from lightning_sgd.functional.robust.spectral_filter import (
     noise_floor,
     spectral_filter,
 )
+
+FilterStop: TypeAlias = Literal["noise_floor", "agnostic", "threshold"]
+FilterMode: TypeAlias = Literal["soft", "hard"]
 
 
 class SpectralFilter(GramRule):
@@ -61,19 +64,18 @@ class SpectralFilter(GramRule):
     def __init__(
         self,
         num_byzantine: int,
-        stop: Literal["noise_floor", "agnostic", "threshold"] = "noise_floor",
+        stop: FilterStop = "noise_floor",
         sigma0: float | None = None,
         gamma: float = 9.0,
         noise_factor: float = 3.0,
-        mode: Literal["soft", "hard"] = "soft",
+        mode: FilterMode = "soft",
         worker_weights: Sequence[float] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(num_byzantine)
         self._weigh_workers(worker_weights)
-        stops, modes = ("noise_floor", "agnostic", "threshold"), ("soft", "hard")
-        expect(stop in stops, "stop", f"one of {', '.join(stops)}", stop, "The default suits most.")
-        expect(mode in modes, "mode", f"one of {', '.join(modes)}", mode, "The default suits most.")
+        expect_one_of(stop, FilterStop, "stop", "The default suits most.")
+        expect_one_of(mode, FilterMode, "mode", "The default suits most.")
         _check_sigma0(stop, sigma0)
         for name, factor in (("gamma", gamma), ("noise_factor", noise_factor)):
             fits = is_finite_at_least(factor, 1.0)

@@ -9,13 +9,15 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd._validation import expect, expect_one_of, warn_no_effect
 from lightning_sgd.data.resumable import ResumableDataLoader
 from lightning_sgd.functional.partition import partition_by_label
 
 Batch: TypeAlias = tuple[Tensor, Tensor] | dict[str, Tensor]
 NUM_SAMPLES = 1797
 NUM_CLASSES = 10
+
+BatchFormat: TypeAlias = Literal["tuple", "dict"]
 
 
 class DigitsDataModule(LightningDataModule):
@@ -62,7 +64,7 @@ class DigitsDataModule(LightningDataModule):
         seed: int = 0,
         label_noise: float = 0.0,
         partition_skew: float | None = None,
-        batch_format: Literal["tuple", "dict"] = "tuple",
+        batch_format: BatchFormat = "tuple",
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -173,13 +175,7 @@ class DigitsDataModule(LightningDataModule):
                 fraction,
                 "It is a fraction of the training samples.",
             )
-        expect(
-            self.batch_format in ("tuple", "dict"),
-            "batch_format",
-            "'tuple' or 'dict'",
-            self.batch_format,
-            "Choose one of them.",
-        )
+        expect_one_of(self.batch_format, BatchFormat, "batch_format")
 
 
 class DigitsDataset(Dataset[Batch]):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from lightning_sgd._validation import expect, warn_at_user_line
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -85,6 +90,8 @@ class ResumableDataLoader(DataLoader[T_co]):
             yield from super().__iter__()
             return
         self._running = True
+        if restored is not None:
+            _count_the_epoch()
         try:
             self._position = self._here(self._num_done(restored))
             self._indices.skip = self._position["num_batches"]
@@ -128,6 +135,24 @@ class _Remaining:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def _count_the_epoch() -> None:
+    """Let Lightning count the epoch that begins, where it resumed from a checkpoint of the last batch of one.
+
+    Lightning counts the epoch of the checkpoint as done then, but not the next as begun. A checkpoint in the middle of
+    that one would look as if it had not begun, and resuming from it would repeat the epoch.
+    """
+    # A data loader is not told by which trainer it is used, hence the look at the callers.
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        loop = frame.f_locals.get("self")
+        if isinstance(loop, FitLoop):
+            if loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
+                loop.epoch_progress.increment_ready()
+                loop.epoch_progress.increment_started()
+            return
+        frame = frame.f_back
 
 
 def _innermost_sampler(loader: DataLoader[Any]) -> Iterable[Any]:

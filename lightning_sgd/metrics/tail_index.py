@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 from lightning_sgd.functional.noise.dyadic_ladder import LadderSums, coordinate_sums, pooled_sums
 from lightning_sgd.functional.noise.tail_index import TailIndexResult, tail_index_of
 from lightning_sgd.metrics._scalar_metric import ScalarMetric
+
+TailIndexMode: TypeAlias = Literal["pooled", "coordinate"]
 
 
 class TailIndex(ScalarMetric):
@@ -52,13 +54,12 @@ class TailIndex(ScalarMetric):
 
     def __init__(
         self,
-        mode: Literal["pooled", "coordinate"] = "pooled",
+        mode: TailIndexMode = "pooled",
         levels: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        known = ("pooled", "coordinate")
-        expect(mode in known, "mode", "'pooled' or 'coordinate'", mode, "Choose one of them.")
+        expect_one_of(mode, TailIndexMode, "mode")
         self.mode = mode
         # A fixed number, unlike in the function: the length of the sequence is not known in advance.
         self.levels = {"pooled": 8, "coordinate": 2}[mode] if levels is None else levels

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 
 Batch: TypeAlias = Sequence[Tensor] | dict[str, Tensor]
 NUM_CLASSES = 10
 IMAGE_SIZE = 8
+
+Architecture: TypeAlias = Literal["mlp", "cnn"]
 
 
 class DigitsClassifier(LightningModule):
@@ -49,7 +51,7 @@ class DigitsClassifier(LightningModule):
 
     def __init__(
         self,
-        architecture: Literal["mlp", "cnn"] = "mlp",
+        architecture: Architecture = "mlp",
         hidden_sizes: list[int] | None = None,
         batch_norm: bool = False,
     ) -> None:
@@ -126,13 +128,7 @@ def _unpack(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _validate(architecture: str, hidden_sizes: list[int] | None) -> None:
-    expect(
-        architecture in ("mlp", "cnn"),
-        "architecture",
-        "'mlp' or 'cnn'",
-        architecture,
-        "Choose one of them.",
-    )
+    expect_one_of(architecture, Architecture, "architecture")
     expect(
         hidden_sizes is None or all(size >= 1 for size in hidden_sizes),
         "hidden_sizes",

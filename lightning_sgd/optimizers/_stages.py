@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from lightning_sgd._validation import expect, is_finite_at_least, warn_no_effect
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least, warn_no_effect
 from lightning_sgd.functional.optim.tra import (
     InnerDecay,
     inner_step_size,
@@ -156,14 +156,7 @@ def check_stages(inner_steps: int, inner_lr_decay: InnerDecay, lambda_w: float |
     """
     is_count = isinstance(inner_steps, int) and inner_steps >= 1
     expect(is_count, "inner_steps", "an integer ≥ 1", inner_steps, "Try 10.")
-    names = get_args(InnerDecay)
-    expect(
-        inner_lr_decay in names,
-        "inner_lr_decay",
-        f"one of {', '.join(names)}",
-        inner_lr_decay,
-        "Leave it at 'harmonic'.",
-    )
+    expect_one_of(inner_lr_decay, InnerDecay, "inner_lr_decay", "Leave it at 'harmonic'.")
     if inner_steps == 1 and lambda_w:
         warn_no_effect(
             "`lambda_w` has no effect with stages of one step: the anchor is where w is."

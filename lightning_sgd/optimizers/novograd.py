@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from lightning_sgd._validation import (
     expect,
+    expect_one_of,
     is_finite_at_least,
     warn_no_effect,
     warn_outside_intended_use,
@@ -213,11 +212,8 @@ def _obstacle(kind: TensorType, settings: NovoGradSettings) -> str | None:
 
 
 def _check_variant(group: ParamGroup) -> None:
-    names, variant = get_args(NovoGradVariant), group["variant"]
-    expect(
-        variant in names, "variant", f"one of {', '.join(names)}", variant, "Leave it at 'paper'."
-    )
-    if variant != "apex":
+    expect_one_of(group["variant"], NovoGradVariant, "variant", "Leave it at 'paper'.")
+    if group["variant"] != "apex":
         return
     expect(
         not group["amsgrad"],

@@ -33,7 +33,6 @@ from lightning_sgd.functional.sampling.sample_scores import (
 
 ScoreName: TypeAlias = Literal["grad_norm_bound", "last_layer", "loss", "grad_norm", "rho"]
 ScoreFunction: TypeAlias = Callable[[Any, Tensor], Tensor]
-SCORE_NAMES: tuple[ScoreName, ...] = ("grad_norm_bound", "last_layer", "loss", "grad_norm", "rho")
 
 
 class NeedsGraph(Exception):  # noqa: N818  # a signal, not an error

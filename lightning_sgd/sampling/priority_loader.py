@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import Words, expect, warn_at_user_line
+from lightning_sgd.sampling.batch_rows import BatchRows, FollowedCollate
 from lightning_sgd.sampling.priority_sampler import PriorityBatchSampler, PrioritySampler
 
 KEPT = (
@@ -34,6 +36,9 @@ KEPT = (
 class PriorityDataLoader(DataLoader[Any]):
     """Loads the batches that a sampler draws, and draws each exactly once, with any number of workers.
 
+    With each batch comes which of the drawn samples its rows belong to, whatever the ``collate_fn`` does; that is kept
+    in :attr:`arrived`, and the batch is handed out as it is.
+
     Whoever looks through it while it is running, as some monitors do, gets the data in order, and nothing is drawn.
 
     Args:
@@ -45,7 +50,10 @@ class PriorityDataLoader(DataLoader[Any]):
     def __init__(self, dataset: Any, sampler: PrioritySampler, **kwargs: Any) -> None:
         super().__init__(dataset, batch_size=sampler.batch_size, sampler=sampler, **kwargs)
         self._batches = PriorityBatchSampler(sampler)
+        self.arrived: deque[BatchRows] = deque()
+        """The rows of each batch that was handed out and not looked up yet, in the order of the draws."""
         self._running_epoch: int | None = None
+        self._warned = False
 
     @property
     def priorities(self) -> PrioritySampler:
@@ -64,8 +72,11 @@ class PriorityDataLoader(DataLoader[Any]):
             yield from self._in_order()
             return
         self._running_epoch = epoch
+        self.arrived.clear()
         try:
-            yield from super().__iter__()
+            for followed in super().__iter__():
+                self._note(followed.rows)
+                yield followed.batch
         finally:
             self._running_epoch = None if self._running_epoch == epoch else self._running_epoch
 
@@ -81,6 +92,25 @@ class PriorityDataLoader(DataLoader[Any]):
         # torch's iterators read their batches of indices from here.
         return self._batches
 
+    def _get_iterator(self) -> Any:
+        # torch's iterators keep the function that they find here; the attribute stays the user's.
+        users = self.collate_fn
+        self.collate_fn = FollowedCollate(users)
+        try:
+            return super()._get_iterator()
+        finally:
+            self.collate_fn = users
+
+    def _note(self, rows: BatchRows) -> None:
+        check_rows(rows)
+        if not rows.is_known and not self._warned:
+            self._warned = True
+            warn_at_user_line(
+                "PrioritySampling cannot tell whether `collate_fn` keeps the order of its samples, and assumes that it "
+                "does. If it sorts, drops or mixes them, do that in the data set or in `training_step` instead."
+            )
+        self.arrived.append(rows)
+
     def _in_order(self) -> DataLoader[Any]:
         return DataLoader(
             self.dataset,
@@ -88,6 +118,17 @@ class PriorityDataLoader(DataLoader[Any]):
             collate_fn=self.collate_fn,
             generator=torch.Generator(),
         )
+
+
+def check_rows(rows: BatchRows) -> None:
+    """Refuse a batch whose rows do not belong to one sample each.
+
+    Raises:
+        ValueError: Names what the ``collate_fn`` did.
+    """
+    remedy = "Mix samples in `training_step` or `on_after_batch_transfer`, or leave PrioritySampling out."
+    expected = "one that makes every row of one sample"
+    expect(not rows.problem, "collate_fn", expected, Words(rows.problem), remedy)
 
 
 def with_priorities(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, plain_number
 from lightning_sgd.sampling.draw import Draw
 from lightning_sgd.sampling.priority_table import (
     Order,
@@ -97,6 +97,7 @@ class PrioritySampler(DistributedSampler[int]):
         top: float = 0.5,
     ) -> None:
         data: Any = range(dataset) if isinstance(dataset, int) else dataset
+        batch_size, seed = plain_number([batch_size, seed])
         _check_data(data, batch_size)
         settings: dict[str, Any] = {
             "order": order,
@@ -108,6 +109,8 @@ class PrioritySampler(DistributedSampler[int]):
             "pressure": pressure,
             "top": top,
         }
+        settings = {name: plain_number(value) for name, value in settings.items()}
+        warmup_epochs = plain_number(warmup_epochs)
         check_sampler_settings(warmup_epochs=warmup_epochs, **settings)
         grouped = dist.is_available() and dist.is_initialized()
         num_replicas = (

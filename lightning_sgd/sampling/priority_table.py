@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least
 from lightning_sgd.functional.sampling.priority_sampling import (
     decayed_scores,
     priority_values,
@@ -240,10 +240,8 @@ def check_table_settings(
     top: float,
 ) -> None:
     """Refuse settings of :class:`PriorityTable` that are out of range."""
-    orders = ("proportional", "rank", "top")
-    expect(order in orders, "order", f"one of {', '.join(orders)}", order, "Choose one of them.")
-    known = unseen in ("mean", "max")
-    expect(known, "unseen", "'mean' or 'max'", unseen, "Choose one of them.")
+    expect_one_of(order, Order, "order")
+    expect_one_of(unseen, Unseen, "unseen")
     remedy = "0.3 is the default; with beta=1 and a large step size take 0.5 or more."
     expect(0 <= uniform_mix <= 1, "uniform_mix", "in [0, 1]", uniform_mix, remedy)
     for name, value in (("alpha", alpha), ("offset", offset)):

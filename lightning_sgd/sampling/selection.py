@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least, plain_number
 from lightning_sgd.functional.sampling.batch_selection import (
     draw_rows,
     keep_by_percentile,
@@ -117,6 +117,7 @@ class Presampling(Selection):
     def __init__(
         self, factor: float = 3.0, threshold: float | None = None, decay: float = 0.9
     ) -> None:
+        factor, threshold, decay = plain_number([factor, threshold, decay])
         expect(is_finite_at_least(factor, 1), "factor", "at least 1", factor, "3 is usual.")
         expect(threshold is None or threshold >= 0, "threshold", "≥ 0", threshold, "Leave it out.")
         expect(0 <= decay < 1, "decay", "in [0, 1)", decay, "The default is 0.9.")
@@ -229,9 +230,10 @@ class InBatchSelection(Selection):
         floor: float = 0.0,
         num_history: int = 1024,
     ) -> None:
-        rules = ("quantile", "percentile", "top")
+        keep, start, end, floor = plain_number([keep, start, end, floor])
+        interrupt, num_history = plain_number([interrupt, num_history])
         expect(0 < keep <= 1, "keep", "in (0, 1]", keep, "It is a share of the batch.")
-        expect(rule in rules, "rule", f"one of {', '.join(rules)}", rule, "Choose one of them.")
+        expect_one_of(rule, SelectionRule, "rule")
         expect(
             0 <= start <= end <= 1, "start, end", "0 ≤ start ≤ end ≤ 1", (start, end), "Try 0, 1."
         )

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sgd._validation import warn_no_effect
-from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
+from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers, unique
 from lightning_sgd.functional.robust.robust_statistics import finite_median, most_frequent
 from lightning_sgd.strategies._base.replica import Replica, clone_all, copy_all_, state_tensors
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
-from lightning_sgd.strategies._comm.fingerprints import layout
+from lightning_sgd.strategies._comm.fingerprints import fingerprint, layout
 
 BufferPolicy: TypeAlias = Literal["average", "local", "rank0"]
 OptimizerStatePolicy: TypeAlias = Literal["keep", "reset", "average"]
@@ -112,9 +112,14 @@ class CommonModel(ABC):
 class MeanModel(CommonModel):
     """The mean of the ranks' models, which also continues training after a round.
 
+    Parameters that no optimizer trains are not part of the rounds, but of the common model: user code may change them,
+    as a teacher that follows the weights. Ranks compare them by hashes before each use of the common model, and average
+    those that differ, so that frozen layers cost next to no traffic.
+
     Args:
         exchange: Connects the ranks; ``None`` on one rank, where nothing happens.
         optimizers: The parameters of each make one replica.
+        parameters: Floating-point parameters of the module.
         buffers: Floating-point buffers of the module.
         model_to_average: Returns this rank's model as it enters the mean; ``None`` for the parameters themselves.
         buffer_policy: What happens to the buffers when models are averaged.
@@ -125,6 +130,7 @@ class MeanModel(CommonModel):
         self,
         exchange: Collectives | None,
         optimizers: Sequence[Optimizer],
+        parameters: Sequence[Tensor],
         buffers: Sequence[Tensor],
         model_to_average: Callable[[Replica], Sequence[Tensor] | None],
         buffer_policy: BufferPolicy,
@@ -136,8 +142,11 @@ class MeanModel(CommonModel):
         self.model_to_average = model_to_average
         self.buffer_policy, self.state_policy = buffer_policy, state_policy
         # In float64: buffers that never change, such as the mean and scale of inputs, must keep every bit.
-        self._buffers = FlatBuffers(buffers, exact=True) if buffers else None
+        self._buffers = FlatBuffers(buffers, exact=True) if buffers and exchange else None
         self._buffers_diverged = False
+        self._parameters = unique(parameters)
+        self._has_trained = False
+        self._differing: FlatBuffers | None = None  # parameters outside the optimizers
         self._has_warned = False
 
     @property
@@ -147,16 +156,43 @@ class MeanModel(CommonModel):
             return False
         if any(not r.is_shared or self.model_to_average(r) is not None for r in self.replicas):
             return True
+        if self._has_trained and self._untrained():
+            return True
         return self._buffers_diverged and self.buffer_policy != "local"
 
     def mark_diverged(self) -> None:
         """Expect buffers to differ; the replicas record by themselves whether their weights do."""
         self._buffers_diverged = self._buffers is not None
+        self._has_trained = True
+
+    def swap_in(self) -> None:
+        """Put the common values in place, unless they are there already."""
+        self._find_differing()
+        super().swap_in()
+
+    def _find_differing(self) -> None:
+        """Find the parameters outside the optimizers that differ between ranks; all ranks call this together."""
+        if self._own is not None or not self.is_diverged or self.exchange is None:
+            return
+        self._differing = None
+        untrained = self._untrained() if self._has_trained else []
+        if not untrained:
+            return
+        # By their contents: changes by way of `param.data` leave no other trace.
+        prints = [fingerprint([param]) for param in untrained]
+        equal = self.exchange.equal(prints, self.replicas[0].num_steps)
+        differing = [param for param, same in zip(untrained, equal, strict=True) if not same]
+        self._differing = FlatBuffers(differing, exact=True) if differing else None
+
+    def _untrained(self) -> list[Tensor]:
+        trained = {id(tensor) for replica in self.replicas for tensor in replica.tensors}
+        return [param for param in self._parameters if id(param) not in trained]
 
     def tensors(self) -> list[Tensor]:
         """Return parameters and buffers."""
-        tensors = [tensor for replica in self.replicas for tensor in replica.flat.tensors]
-        return tensors if self._buffers is None else tensors + self._buffers.tensors
+        flats = [replica.flat for replica in self.replicas]
+        others = [flat for flat in (self._buffers, self._differing) if flat is not None]
+        return [tensor for flat in [*flats, *others] for tensor in flat.tensors]
 
     def average(self, replica: Replica, *, measure: bool = False) -> Tensor | None:
         """Continue training from the mean of the weights; buffers and optimizer state as the policies say.
@@ -177,6 +213,7 @@ class MeanModel(CommonModel):
 
     def finalize(self) -> None:
         """Leave the mean on all ranks."""
+        self._find_differing()
         super().finalize()
         for replica in self.replicas:
             replica.share()
@@ -188,6 +225,11 @@ class MeanModel(CommonModel):
             if source is not None or not replica.is_shared:
                 self._average(self.exchange, replica, source, Purpose.CONSENSUS)
         self._average_buffers(self.exchange, Purpose.CONSENSUS)
+        if self._differing is not None:
+            self._differing.pack()
+            num_steps = self.replicas[0].num_steps
+            self.exchange.all_reduce_mean(self._differing, Purpose.CONSENSUS, num_steps)
+            self._differing.unpack()
 
     @staticmethod
     def _average(

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 from lightning_sgd.strategies._base import checkpoint_format as checkpoints
 from lightning_sgd.strategies._base.agreement import agree_on_weights
 from lightning_sgd.strategies._base.common_model import AgreedBuffers, BufferRule
@@ -74,12 +74,8 @@ class GradientAggregationStrategy(UnwrappedStrategy, ABC):
             timeout=timeout,
             start_method=start_method,
         )
-        choices = "rank", "micro_batch", "both"
-        remedy = "The default is 'rank'."
-        expect(workers in choices, "workers", f"one of {', '.join(choices)}", workers, remedy)
-        rules = "median", "mean", "rank0", "local"
-        remedy = "The default is 'median'."
-        expect(buffers in rules, "buffers", f"one of {', '.join(rules)}", buffers, remedy)
+        expect_one_of(workers, Workers, "workers", "The default is 'rank'.")
+        expect_one_of(buffers, BufferRule, "buffers", "The default is 'median'.")
         self.workers, self.buffer_rule = workers, buffers
         self._replicas: list[GradientReplica] = []
         self._num_skipped, self._num_backwards = 0, 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import Words, expect
+from lightning_sgd._validation import Words, expect, expect_one_of
 from lightning_sgd.functional.distributed.flat_buffers import FlatBuffers
 from lightning_sgd.strategies._base import checkpoint_format as checkpoints
 from lightning_sgd.strategies._base.common_model import (
@@ -67,6 +67,9 @@ class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
             timeout=timeout,
             start_method=start_method,
         )
+        expect_one_of(buffers, BufferPolicy, "buffers", "The default is 'average'.")
+        remedy = "The default is 'keep'."
+        expect_one_of(optimizer_state, OptimizerStatePolicy, "optimizer_state", remedy)
         self.buffer_policy, self.state_policy = buffers, optimizer_state
 
     def model_to_average(self, replica: Replica) -> Sequence[Tensor] | None:
@@ -93,6 +96,7 @@ class ParameterAveragingStrategy(UnwrappedStrategy, ABC):
         return MeanModel(
             self.exchange,
             self.optimizers,
+            [p for p in self._module.parameters() if p.is_floating_point() or p.is_complex()],
             [buffer for buffer in self._module.buffers() if buffer.is_floating_point()],
             self.model_to_average,
             self.buffer_policy,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import SyncBatchNorm
+from torch.nn.parameter import is_lazy
 
 from lightning_sgd._validation import Words, expect
 
@@ -18,6 +19,8 @@ ONE_GRADIENT = (
     "Ranks that evaluate it a different number of times would wait for each other. Use an optimizer such as SGD or "
     "Adam, or DDPStrategy."
 )
+
+RUN_ONE_BATCH = "Run one batch through the module in its constructor, under `torch.no_grad()`."
 
 
 def refuse_unsupported(strategy: DDPStrategy, against_sync_batchnorm: str) -> None:
@@ -37,6 +40,9 @@ def refuse_unsupported(strategy: DDPStrategy, against_sync_batchnorm: str) -> No
     wrapped = _named(parts, WRAPPERS)
     remedy = f"{name} needs every rank to hold the whole module, unwrapped."
     expect(not wrapped, "model", "a plain module", wrapped, remedy)
+    lazy = [key for key, tensor in _named_tensors(module) if is_lazy(tensor)]
+    expected = "without lazy parameters on several ranks, which must start from the same"
+    expect(not lazy or strategy.world_size == 1, "model", expected, lazy[:3], RUN_ONE_BATCH)
     sharded = _named(module.parameters(), ("DTensor",))
     expect(not sharded, "model", "made of plain tensors", sharded[:3], remedy)
     distributed = _named(strategy.optimizers, OPTIMIZERS)
@@ -47,6 +53,11 @@ def refuse_unsupported(strategy: DDPStrategy, against_sync_batchnorm: str) -> No
     got = Words(", ".join(type(optimizer).__name__ for optimizer in repeated))
     expected = f"of optimizers that evaluate their closure once per step with {name}"
     expect(not repeated, "configure_optimizers", expected, got, ONE_GRADIENT)
+
+
+def _named_tensors(module: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _named(things: Iterable[object], names: Sequence[str]) -> list[str]:

@@ -46,10 +46,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_sgd._run_log import announce, log_metrics, logger_names
-from lightning_sgd._validation import Words, expect, warn_no_effect
+from lightning_sgd._validation import (
+    Words,
+    expect,
+    expect_one_of,
+    expect_whole,
+    plain_number,
+    warn_no_effect,
+)
 from lightning_sgd.functional.distributed.traffic import Traffic, all_reduce_traffic
 from lightning_sgd.strategies._base.agreement import verify_equal_weights
 from lightning_sgd.strategies._base.common_model import CommonModel
@@ -109,16 +117,14 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
         timeout: timedelta,
         start_method: StartMethod,
     ) -> None:
+        expect_one_of(initial_weights, InitialWeights, "initial_weights")
+        expect_one_of(start_method, StartMethod, "start_method")
         super().__init__(
             process_group_backend=process_group_backend, timeout=timeout, start_method=start_method
         )
-        expect(
-            sigterm_every_n_batches >= 0,
-            "sigterm_every_n_batches",
-            "at least 0",
-            sigterm_every_n_batches,
-            "1 is Lightning's behaviour, 0 means never.",
-        )
+        sigterm_every_n_batches = plain_number(sigterm_every_n_batches)
+        remedy = "1 is Lightning's behaviour, 0 means never."
+        expect_whole(sigterm_every_n_batches, 0, "sigterm_every_n_batches", remedy)
         self.initial_weights = initial_weights
         self.sigterm_every_n_batches = sigterm_every_n_batches
         self.exchange = None
@@ -217,7 +223,10 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
         ranks = (
             "1 rank, nothing to exchange" if self.exchange is None else f"{self.num_ranks} ranks"
         )
-        size = format_bytes(sum(replica.num_bytes for replica in self.replicas))
+        if any(is_lazy(tensor) for replica in self.replicas for tensor in replica.tensors):
+            size = "a number of bytes, known after the first batch,"
+        else:
+            size = format_bytes(sum(replica.num_bytes for replica in self.replicas))
         if self.exchange is None:
             return f"{ranks}, {size} of {self.exchanged}, {self.describe()}"
         prefixes = dict.fromkeys(f"{key.split('/')[0]}/*" for key in self.metric_keys)

@@ -172,12 +172,17 @@ class Collectives:
 
     def all_equal(self, value: int, step: int) -> bool:
         """Tell whether all ranks pass the same number."""
+        return self.equal([value], step)[0]
+
+    def equal(self, values: Sequence[int], step: int) -> list[bool]:
+        """Tell for each of some numbers, equally many on all ranks, whether all ranks pass the same."""
         # The largest of −value is minus the smallest: one collective gives both ends.
-        extremes = torch.tensor([value, -value])
+        extremes = torch.tensor([values, [-value for value in values]])
         with self._timed(Purpose.STATE, step):
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.objects)
             self._count(*all_reduce_traffic(extremes.nbytes, self.num_ranks))
-        return bool(extremes[0] == -extremes[1])
+        largest, smallest = extremes[0], -extremes[1]
+        return (largest == smallest).tolist()
 
     def gather_object(self, thing: Any, step: int) -> list[Any] | None:
         """Gather containers of CPU tensors on rank 0, in order of rank; other ranks get ``None``."""

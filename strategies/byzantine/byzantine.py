@@ -8,12 +8,18 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sgd._validation import expect, warn_outside_intended_use
+from lightning_sgd._validation import (
+    expect,
+    expect_one_of,
+    expect_whole,
+    plain_number,
+    warn_outside_intended_use,
+)
 from lightning_sgd.aggregation import Aggregator, Attack, get_aggregator
 from lightning_sgd.strategies._base.common_model import BufferRule
 from lightning_sgd.strategies._base.gradient_aggregation import GradientAggregationStrategy, Workers
@@ -32,6 +38,8 @@ from lightning_sgd.strategies.byzantine.sharded_rule import (
 )
 from lightning_sgd.strategies.byzantine.simulated_attack import SimulatedAttack
 from lightning_sgd.strategies.byzantine.worker_momentum import WorkerMomentum
+
+Nonfinite: TypeAlias = Literal["drop", "raise"]
 
 
 class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
@@ -110,7 +118,7 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
         num_byzantine: int | None = None,
         worker_momentum: float = 0.0,
         workers: Workers = "rank",
-        nonfinite: Literal["drop", "raise"] = "drop",
+        nonfinite: Nonfinite = "drop",
         attack: Attack | None = None,
         byzantine_ranks: Sequence[int] = (),
         buffers: BufferRule = "median",
@@ -131,14 +139,15 @@ class ByzantineStrategy(RobustReduce, GradientAggregationStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        num_byzantine, worker_momentum = plain_number(num_byzantine), plain_number(worker_momentum)
+        audit_every, byzantine_ranks = plain_number(audit_every), plain_number(byzantine_ranks)
         if num_byzantine is None:
             num_byzantine = aggregator.num_byzantine if isinstance(aggregator, Aggregator) else 0
         self.rule = get_aggregator(aggregator, num_byzantine)
         remedy = "0.9 suits most; 0 sends gradients as they are."
         expect(0 <= worker_momentum < 1, "worker_momentum", "in [0, 1)", worker_momentum, remedy)
-        remedy = "The default is 'drop'."
-        expect(nonfinite in ("drop", "raise"), "nonfinite", "'drop' or 'raise'", nonfinite, remedy)
-        expect(audit_every >= 0, "audit_every", "at least 0", audit_every, "0 means never.")
+        expect_one_of(nonfinite, Nonfinite, "nonfinite", "The default is 'drop'.")
+        expect_whole(audit_every, 0, "audit_every", "0 means never.")
         both = (attack is None) == (not byzantine_ranks)
         remedy = "A simulated attack needs both `attack` and `byzantine_ranks`."
         expect(

@@ -187,7 +187,7 @@ def test_scopes_say_where_an_attack_can_run():
         (lambda: Mimic(num_warmup_steps=-1), "num_warmup_steps"),
         (lambda: sent(Mimic(worker=3)), "less than 3"),
         (lambda: GaussianAttack(std=-1.0), "std"),
-        (lambda: NonFinite("zero"), "nan or inf"),
+        (lambda: NonFinite("zero"), "one of nan, inf"),
         (lambda: BitFlip(num_coordinates=0), "num_coordinates"),
         (lambda: BitFlip(bit=8), "bit"),
         (lambda: LabelFlip(1), "num_classes"),

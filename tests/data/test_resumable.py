@@ -131,6 +131,31 @@ def test_resumes_after_a_crash(tmp_path, recorded):
     assert torch.equal(rest.net.weight, whole.net.weight)
 
 
+@pytest.mark.parametrize(("first", "second"), [(10, 14), (10, 20), (10, 13), (13, 20), (20, 23)])
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_resumes_twice(tmp_path, recorded, first, second):
+    # A run that is resumed at the last batch of an epoch writes checkpoints that can be resumed, too.
+    def fit(name, **settings):
+        model = recorded(tmp_path / name)
+        saving = ModelCheckpoint(
+            tmp_path / name,
+            "{step}",
+            every_n_train_steps=1,
+            save_top_k=-1,
+            auto_insert_metric_name=False,
+        )
+        run = trainer(tmp_path, max_epochs=3, enable_checkpointing=True, callbacks=[saving])
+        run.fit(model, numbers(), **settings)
+        return model
+
+    whole = fit("whole")
+    fit("once", ckpt_path=tmp_path / "whole" / f"{first}.ckpt", weights_only=True)
+    twice = fit("twice", ckpt_path=tmp_path / "once" / f"{second}.ckpt", weights_only=True)
+    assert twice.seen == whole.seen[second:]
+    assert torch.equal(twice.net.weight, whole.net.weight)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -117,7 +117,7 @@ def test_every_monitor_has_a_section_with_what_it_found(page):
     assert "Saw nothing" in page
     assert "2 ranks on cpu" in page
     assert "Rank monitor" in page
-    assert "Logs how the rank of weight matrices falls during training." in page
+    assert "Log how the rank of weight matrices falls during training." in page
     links = [a["href"] for a in Elements(page).all("a")]
     assert {link.removeprefix("#") for link in links} <= {*anchors}
 

@@ -318,7 +318,7 @@ class Stream(torch.utils.data.IterableDataset):
         ({"offset": -1.0}, "`offset` to be a number ≥ 0"),
         ({"half_life": 0.0}, "`half_life` to be a positive number of epochs"),
         ({"order": "random"}, "`order` to be one of proportional, rank, top"),
-        ({"unseen": "zero"}, "`unseen` to be 'mean' or 'max'"),
+        ({"unseen": "zero"}, "`unseen` to be one of mean, max"),
         ({"pressure": 0.5}, "`pressure` to be at least 1"),
         ({"top": 0.0}, r"`top` to be in \(0, 1\]"),
     ],

@@ -112,7 +112,7 @@ def test_it_says_what_it_does():
         ({"num_byzantine": -1}, "a whole number from 0"),
         ({"worker_momentum": 1.0}, r"Expected `worker_momentum` to be in \[0, 1\), got 1.0"),
         ({"workers": "threads"}, "Expected `workers` to be one of rank, micro_batch, both"),
-        ({"nonfinite": "keep"}, "Expected `nonfinite` to be 'drop' or 'raise'"),
+        ({"nonfinite": "keep"}, "Expected `nonfinite` to be one of drop, raise"),
         ({"buffers": "mode"}, "Expected `buffers` to be one of median"),
         ({"audit_every": -1}, "Expected `audit_every` to be at least 0"),
         ({"attack": SignFlip()}, "A simulated attack needs both `attack` and `byzantine_ranks`"),

@@ -193,7 +193,9 @@ def test_own_weights_come_back_bit_by_bit_also_after_a_failure(tmp_path, fails):
         statistics = torch.randn(7, generator=generator)
         before = weights.clone(), statistics.clone()
         optimizer = torch.optim.SGD([weights], lr=0.1)
-        ours = MeanModel(exchange(), [optimizer], [statistics], lambda _: None, "average", "keep")
+        ours = MeanModel(
+            exchange(), [optimizer], [], [statistics], lambda _: None, "average", "keep"
+        )
         ours.replicas[0].step()
         try:
             with ours.swapped_in():
@@ -223,7 +225,9 @@ def test_buffers_that_never_change_keep_every_bit(tmp_path):
         constants, weights = torch.rand(10000), torch.randn(3)
         before = constants.clone()
         optimizer = torch.optim.SGD([weights], lr=0.1)
-        ours = MeanModel(exchange(), [optimizer], [constants], lambda _: None, "average", "keep")
+        ours = MeanModel(
+            exchange(), [optimizer], [], [constants], lambda _: None, "average", "keep"
+        )
         ours.average(ours.replicas[0])
         return bool(torch.equal(constants, before))
 

@@ -299,3 +299,23 @@ def test_settings_survive_pickling(make):
     strategy = make()
     copied = pickle.loads(pickle.dumps(strategy))
     assert copied.describe() == strategy.describe()
+
+
+class Lazy(Regression):
+    """Knows the sizes of its layers after the first batch."""
+
+    def __init__(self, make=sgd):
+        super().__init__(make)
+        linear, norm = torch.nn.LazyLinear(8), torch.nn.LazyBatchNorm1d()
+        self.net = torch.nn.Sequential(linear, norm, torch.nn.LazyLinear(1))
+
+
+def test_lazy_modules_train_on_one_rank(make, tmp_path):
+    assert finals(Run(tmp_path, make(), Lazy(), ranks=1))[0].isfinite().all()
+
+
+def test_lazy_modules_are_refused_on_several_ranks(make, tmp_path):
+    with pytest.raises(
+        Exception, match=r"without lazy parameters on several ranks.*'net.0.weight'"
+    ):
+        Run(tmp_path, make(), Lazy(), ranks=2)

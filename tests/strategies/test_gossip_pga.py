@@ -552,7 +552,10 @@ def test_a_rank_that_is_killed_with_messages_in_flight_is_named(tmp_path):
         ({"period": 0}, r"Expected `period` to be at least 1, got 0"),
         ({"period": None, "adaptive": True}, r"Expected `period` to be a number, got None"),
         ({"period": 6, "adaptive": True, "max_period": 5}, r"`period` to be in \[1, 5\], got 6"),
-        ({"adaptive": True, "adaptive_warmup_steps": -1}, r"`warmup_steps` to be at least 0"),
+        (
+            {"adaptive": True, "adaptive_warmup_steps": -1},
+            r"`adaptive_warmup_steps` to be at least 0",
+        ),
         ({"loss_smoothing": 1.0}, r"Expected `loss_smoothing` to be in \[0, 1\), got 1.0"),
     ],
 )

@@ -18,13 +18,14 @@ end is one-shot averaging; the mean is then best taken of the tail averages
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, is_whole, plain_number
 from lightning_sgd.functional.distributed.flat_buffers import accumulation_dtype
 
 PERIOD_REMEDY = (
@@ -55,8 +56,13 @@ class PeriodSchedule:
     """
 
     def __init__(self, period: int | Mapping[int, int] | None) -> None:
+        period = plain_number(period)
         table = period if isinstance(period, Mapping) else {0: period}
-        valid = all(h is None or h >= 1 for h in table.values()) and 0 in table
+        periods = [h for h in table.values() if h is not None]
+        for h in periods:
+            whole = is_whole(h, least=-sys.maxsize)
+            expect(whole, "period", "a whole number of steps", h, PERIOD_REMEDY)
+        valid = all(h >= 1 for h in periods) and 0 in table
         expect(valid, "period", "at least 1, from step 0 on", period, PERIOD_REMEDY)
         self.table: dict[int, int | None] = dict(sorted(table.items()))
 

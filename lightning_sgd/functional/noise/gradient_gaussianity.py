@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 from lightning_sgd.functional.noise.gaussian_null import (
     TESTS,
     DirectionTests,
@@ -55,8 +55,7 @@ class GaussianitySettings:
         expect(
             self.num_directions >= 1, "num_directions", "at least 1", self.num_directions, remedy
         )
-        names = ", ".join(TESTS)
-        expect(self.test in TESTS, "test", f"one of {names}", self.test, "Choose one of them.")
+        expect_one_of(self.test, TestName, "test")
         for name in ("level", "false_alarm_rate"):
             value = getattr(self, name)
             expect(0 < value < 1, name, "between 0 and 1", value, "Usual are 0.05 and 0.01.")

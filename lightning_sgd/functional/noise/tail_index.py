@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 from lightning_sgd.functional.noise.dyadic_ladder import (
     LadderSums,
     coordinate_sums,
@@ -138,6 +138,7 @@ def dyadic_tail_index(
         >>> abs(result.alpha - 2) < 3 * result.standard_error, result.verdict
         (True, 'finite variance')
     """
+    expect_one_of(dim, Literal[0] | None, "dim")
     if not isinstance(samples, Tensor):
         return tail_index_of(stream_sums(samples, MAX_LEVELS if levels is None else levels))
     length = samples.numel() if dim is None else len(samples)
@@ -212,6 +213,8 @@ def largest_divisor(num: int) -> int:
 
 
 def _block_length(num: int, wanted: int | Literal["sqrt"]) -> int:
+    if isinstance(wanted, str):
+        expect_one_of(wanted, Literal["sqrt"], "block_length", "Or give a number.")
     length = largest_divisor(num) if wanted == "sqrt" else wanted
     remedy = "Leave some samples out if their number has no such divisor, or give a block length."
     expect(2 <= length <= num, "block_length", f"between 2 and the {num} samples", length, remedy)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 WeightNorm: TypeAlias = Literal["none", "mean", "max"]
-WEIGHT_NORMS: tuple[WeightNorm, ...] = ("none", "mean", "max")
 
 
 def mixed_probabilities(values: Tensor, uniform_mix: float) -> Tensor:

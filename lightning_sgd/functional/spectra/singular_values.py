@@ -23,12 +23,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 from lightning_sgd.functional.precision import full_precision
 from lightning_sgd.functional.spectra.gram import (
     GramQueue,
@@ -176,8 +176,7 @@ def smallest_resolved(method: str, dtype: torch.dtype) -> float:
 
 
 def _validate(method: str, max_batch_elements: int, sketch_size: int) -> None:
-    methods = get_args(SpectrumMethod)
-    expect(method in methods, "method", f"one of {methods}", method, "The default is 'auto'.")
+    expect_one_of(method, SpectrumMethod, "method", "The default is 'auto'.")
     expect(
         max_batch_elements >= 1,
         "max_batch_elements",

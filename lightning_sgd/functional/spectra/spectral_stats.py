@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 from lightning_sgd.functional.spectra import rank_measures
 from lightning_sgd.functional.spectra.norms import SchattenNorms, extreme_norms, schatten_norms
 from lightning_sgd.functional.spectra.rank_measures import SpectralNorm, threshold_rank
@@ -295,14 +295,14 @@ def _stack(vectors: Sequence[Tensor], width: int = 1) -> Tensor:
 
 
 def _validate_names(settings: SpectralMeasures) -> None:
-    for argument, allowed in (
-        ("tol_norm", get_args(SpectralNorm)),
-        ("method", get_args(StatsMethod)),
-        ("power", (1, 2)),
-        ("dtype", (None, torch.float32, torch.float64)),
-    ):
-        value = getattr(settings, argument)
-        expect(value in allowed, argument, f"one of {allowed}", value, "Or leave it out.")
+    expect_one_of(settings.tol_norm, SpectralNorm, "tol_norm")
+    expect_one_of(settings.method, StatsMethod, "method")
+    expect_one_of(settings.power, Literal[1, 2], "power")
+    types = (None, torch.float32, torch.float64)
+    remedy = "Leave it out."
+    expect(settings.dtype in types, "dtype", f"one of {types}", settings.dtype, remedy)
+    for measure in settings.measures:
+        expect_one_of(measure, Measure, "measures")
     known = CHEAP if settings.method == "cheap" else get_args(Measure)
     asked = settings.measures
     expect(

@@ -44,7 +44,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lightning_sgd._validation import expect, is_finite_at_least
+from lightning_sgd._validation import expect, expect_one_of, is_finite_at_least
 
 Assumption: TypeAlias = Literal["smooth", "convex", "strongly_convex", "shifted"]
 Branch: TypeAlias = Literal["closed_form", "searched"]
@@ -96,13 +96,8 @@ class BiasedSGDProblem:
             self.m,
             "Without strong convexity use GradientErrorMonitor alone: no step size can be certified.",
         )
-        expect(
-            self.assumption in ("smooth", "convex", "strongly_convex", "shifted"),
-            "assumption",
-            "smooth, convex, strongly_convex or shifted",
-            self.assumption,
-            "Convex losses with weight decay are strongly_convex.",
-        )
+        remedy = "Convex losses with weight decay are strongly_convex."
+        expect_one_of(self.assumption, Assumption, "assumption", remedy)
         expect(
             self.assumption == "shifted" or (self.L is not None and self.m <= self.L < math.inf),
             "L",

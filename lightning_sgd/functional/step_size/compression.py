@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 from lightning_sgd.functional.step_size.biased_sgd import BiasedSGDProblem
 
 Compressor: TypeAlias = Callable[[Tensor], Tensor]
@@ -90,13 +90,8 @@ def compressor(name: CompressorName, topk_fraction: float = 0.01) -> Compressor:
         "sign": scaled_sign,
         "topk": lambda values: keep_largest(values, topk_fraction),
     }
-    expect(
-        name in known,
-        "compressor",
-        f"one of {', '.join(known)}, or a function of a tensor",
-        name,
-        "A function is named by its import path in YAML.",
-    )
+    remedy = "Give one of them, or a function of a tensor, named by its import path in YAML."
+    expect_one_of(name, CompressorName, "compressor", remedy)
     return known[name]
 
 

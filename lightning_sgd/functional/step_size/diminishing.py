@@ -18,9 +18,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
-from lightning_sgd._validation import expect
+from lightning_sgd._validation import expect, expect_one_of
 
 Theorem: TypeAlias = Literal["serial", "hogwild", "hogwild_nonconvex"]
 """Theorem 2 (no delay), 5 (delayed reads, convex samples), 6 (delayed reads, samples need not be convex)."""
@@ -181,10 +181,8 @@ def diminishing_steps(
         ValueError: If an argument is out of range.
     """
     _check_problem(mu, L)
-    for argument, choice, known in (("form", form, StepForm), ("theorem", theorem, Theorem)):
-        names = get_args(known)
-        remedy = f"The default is {names[0]}."
-        expect(choice in names, argument, f"one of {', '.join(names)}", choice, remedy)
+    expect_one_of(form, StepForm, "form", "The default is smooth.")
+    expect_one_of(theorem, Theorem, "theorem", "The default is serial.")
     if alpha is None:
         # The doubling form lies between α/2 and α, so it takes α = 8 to keep α_t ≥ 4.
         alpha = SMALLEST_ALPHA * (2 if form == "doubling" else 1) if theorem != "serial" else 2.0
