@@ -321,7 +321,6 @@ def _gather(
     collected: list[Tensor] = []
     missing = num_samples
     for batch in batches:
-        # Cut before it is kept, so that a large last batch costs no memory.
         rows = feature_map(batch)[:missing]
         collected.append(rows)
         missing -= len(rows)
