@@ -168,6 +168,7 @@ class TrajectoryRegularization(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return positions, strengths and anchors."""
+        # Restored and not begun yet: a checkpoint written now must pass the state on.
         if self._restored is not None:
             return {"stages": list(self._restored)}
         return {"stages": [loop.state_dict() for loop in self._loops]}
@@ -178,6 +179,7 @@ class TrajectoryRegularization(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one training: inner loops and hooks."""
+        # `ddp_spawn` pickles callbacks; loops and hooks would bring optimizers along.
         return {**self.__dict__, "_loops": [], "_handles": []}
 
     def _before_step(self, loop: InnerLoop, *_: Any) -> None:
@@ -230,6 +232,7 @@ class InnerLoop:
     def add_pull(self) -> None:
         """Set the anchors that this stage does not have yet, and add the pull towards them to the gradients."""
         self._move_anchors()
+        # Anchors are where the parameters are, so there is no pull.
         if self.position == 0:
             return
         anchors, lrs = iter(self.anchors), scheduled_lrs(self.optimizer)

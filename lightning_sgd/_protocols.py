@@ -1,4 +1,4 @@
-"""What strategies offer to callbacks; any strategy that has these attributes will do, also one of another package."""
+"""Protocols of strategies, by which callbacks read them; strategies of other packages may implement them, too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_sgd.functional.distributed.traffic import Traffic
 
 @runtime_checkable
 class CountsTraffic(Protocol):
-    """Counts what it sends."""
+    """A strategy that counts its traffic."""
 
     @property
     def traffic(self) -> Traffic | None:
@@ -29,7 +29,7 @@ class SharedReplica(Protocol):
 
 @runtime_checkable
 class HasReplicas(Protocol):
-    """Has weights on every rank that need not be equal."""
+    """A strategy whose ranks may have different weights."""
 
     @property
     def replicas(self) -> Sequence[SharedReplica]:
@@ -37,7 +37,7 @@ class HasReplicas(Protocol):
 
 
 class StepReport(Protocol):
-    """What was made of the gradients of all workers in one step."""
+    """The outcome of combining the gradients of all workers in one step."""
 
     step: int | None
     num_workers: int
@@ -53,7 +53,7 @@ class ReportsAggregation(Protocol):
 
     @property
     def reports(self) -> Sequence[StepReport]:
-        """Of the last step of each optimizer."""
+        """The report of the last step of each optimizer."""
 
     def request_distances(self, wanted: bool) -> None:
         """Measure in the steps from now on how far each worker's gradient is from the result, or stop to."""

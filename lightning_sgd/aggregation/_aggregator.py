@@ -249,6 +249,7 @@ class Aggregator(ABC):
         """
 
     def _previous_or_zeros(self, like: Tensor) -> Tensor:
+        # Converted, because a checkpoint may have brought it to another device.
         return torch.zeros_like(like) if self._previous is None else self._previous.to(like)
 
     def state_dict(self) -> dict[str, object]:

@@ -29,7 +29,7 @@ REUSED_FOR = 1e-3
 
 
 class SupportsErrorModel(Protocol):
-    """What measures the error of gradients: :class:`~lightning_sgd.GradientErrorMonitor`."""
+    """A source of measured errors of gradients: :class:`~lightning_sgd.GradientErrorMonitor`."""
 
     def error_model(self) -> tuple[float, float] | None:
         """Return the pair (δ, c); ``None`` before anything was measured."""
@@ -128,7 +128,7 @@ class BiasedSGDLR(PlannedLR):
 
     @property
     def problem(self) -> BiasedSGDProblem:
-        """What is known about the objective."""
+        """The assumptions about the objective."""
         return BiasedSGDProblem(**self._problem)
 
     def begin(self) -> None:

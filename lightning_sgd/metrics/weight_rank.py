@@ -1,4 +1,4 @@
-"""How close to low rank the weights of a module are, as a torchmetrics ``Metric``."""
+"""Rank measures of the weights of a module, as a torchmetrics ``Metric``."""
 
 from __future__ import annotations
 

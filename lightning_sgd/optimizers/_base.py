@@ -1,4 +1,4 @@
-"""What the optimizers share: the way through a step, checks of settings, the choice of a kernel, and loading."""
+"""The base of the optimizers: the loop over groups, checks of settings, the choice of a kernel, and loading."""
 
 from __future__ import annotations
 
@@ -50,9 +50,11 @@ class GroupwiseOptimizer(Optimizer):
     """Keys of the states of the parameters' shapes."""
     suggested_lr: ClassVar[str]
     """What to try, for the error about ``lr``."""
+    # Of the class: torch pickles no attributes of an optimizer but its groups and states.
     _warned: frozenset[str] = frozenset()
 
     def __init__(self, params: ParamsT, defaults: ParamGroup) -> None:
+        # YAML reads 1e-3 as text, and NumPy scalars would keep a checkpoint from loading with `weights_only=True`.
         super().__init__(params, {name: plain_number(value) for name, value in defaults.items()})
 
     @abstractmethod

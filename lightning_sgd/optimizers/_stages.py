@@ -1,4 +1,4 @@
-"""What the two trajectory-regularised optimizers share: stages, anchors and the pull towards them."""
+"""The base of both trajectory-regularised optimizers: stages, anchors and the pull towards them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_sgd.optimizers._tensors import TensorType, portions, tensors_by_t
 
 
 class Portion(NamedTuple):
-    """What one call of a step works on.
+    """The tensors of one call of a kernel, with step size and counts.
 
     Attributes:
         tensors: Parameters, regularised gradients, and the states in the order of ``state_names``.
@@ -36,7 +36,7 @@ class Portion(NamedTuple):
 
 
 class StagedOptimizer(GroupwiseOptimizer):
-    """Cuts training into stages, keeps an anchor per parameter, and hands regularised gradients to :meth:`update`.
+    """An optimizer that cuts training into stages and passes gradients with a pull to the anchor to :meth:`update`.
 
     A parameter that gets its first gradient in the middle of a stage has its anchor there. A group counts the steps in
     which it has a gradient at all. Position and number of the stage are in the group, so a checkpoint holds them.

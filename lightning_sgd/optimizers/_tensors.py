@@ -15,7 +15,7 @@ Lists: TypeAlias = tuple[list[Tensor], ...]
 
 
 class TensorType(NamedTuple):
-    """What the tensors of one list have in common.
+    """Device, type and alignment that the tensors of one list have in common.
 
     Attributes:
         device: Where they are.

@@ -111,8 +111,7 @@ class Collectives:
         with self._timed(Purpose.ANCHOR, step):
             for buffer in flat.buffers:
                 _stamp(buffer, _tag(Purpose.ANCHOR, step))
-                # In a group of its own: on one group gloo and NCCL finish operations in the order in which they were
-                # started.
+                # In a group of its own, so that no blocking exchange queues behind it.
                 work = dist.all_reduce(buffer, group=self.background, async_op=True)
                 pending.works.append(work)
                 self._count(*all_reduce_traffic(buffer.nbytes, self.num_ranks))

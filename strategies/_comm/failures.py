@@ -96,6 +96,7 @@ def diagnose(reports: Mapping[int, str | None]) -> str:
         f"Rank {r} {report}." for r, report in reports.items() if report and LOST not in report
     ]
     silent = [str(rank) for rank, report in reports.items() if report is None]
+    # An error on one rank is the cause; that the others could not finish only follows from it.
     if failed:
         return " ".join(failed)
     if silent:

@@ -50,7 +50,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class MixingPlan:
-    """How the columns of one step are combined; the same on all ranks.
+    """The decision how the columns of one step are combined; the same on all ranks.
 
     Attributes:
         kept: Indices of the rows that are combined.

@@ -1,4 +1,4 @@
-r"""How heavy the tails of samples are, by the growth of sums: the estimator of the paper and its dyadic ladder.
+r"""Tail index of samples from the growth of their sums: the estimator of the paper, and its dyadic ladder.
 
 If samples are independent and symmetric α-stable, sums of K₁ of them are :math:`K_1^{1/\alpha}` times as large. The
 paper compares single samples with sums of :math:`K_1 \approx \sqrt K`. The variance is smallest near :math:`K_1 = e^2`,

@@ -31,7 +31,7 @@ from lightning_sgd.functional.optim.kernels import powers_of_two, runs
 
 @dataclass(frozen=True, slots=True)
 class MaSSCoefficients:
-    """What one step needs besides the step size.
+    """Coefficients of a step, besides the step size.
 
     Attributes:
         gamma: Acceleration [γ].
@@ -43,7 +43,7 @@ class MaSSCoefficients:
 
     @property
     def scale(self) -> float:
-        """What turns the stored buffer into b = (w − u)/η1; 1 where γ = 0 leaves no other choice."""
+        """The factor from the stored buffer to b = (w − u)/η1: γ, or 1 for γ = 0, where the buffer is b itself."""
         return self.gamma or 1.0
 
     @property

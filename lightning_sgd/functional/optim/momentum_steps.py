@@ -17,7 +17,7 @@ from lightning_sgd.functional.optim.kernels import powers_of_two, runs, signs
 
 @dataclass(frozen=True, slots=True)
 class AdamSettings:
-    """What a step of Adam needs besides the step size.
+    """Settings of a step of Adam, besides the step size.
 
     Attributes:
         beta1: Decay rate of the first moments [β₁].

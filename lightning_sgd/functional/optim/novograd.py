@@ -54,7 +54,7 @@ _SMALLEST_GAIN = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class NovoGradSettings:
-    """What one step needs besides the step size.
+    """Settings of a step of NovoGrad, besides the step size.
 
     Attributes:
         beta1: Decay rate of the momentum [β₁].
@@ -270,6 +270,8 @@ def novograd_fused_without_waiting_(
     The gradients enter the momenta beforehand, divided by β₁, which the kernel multiplies with. In their place the
     kernel gets the parameters, times b.
     """
+    # Then the kernel has only the decay to add, whose gradient is the parameter: each element is read before it is
+    # written.
     gains = list((coefficients.gradient / settings.beta1).unbind())
     torch._foreach_addcmul_(momenta, grads, gains, -1.0 if maximize else 1.0)
     torch._fused_sgd_(
@@ -296,6 +298,7 @@ def _fused_on_copies_(
 ) -> None:
     """Make the step of some tensors of one shape in one call of the kernel."""
     params, grads, momenta = ([tensors[place] for place in places] for tensors in lists)
+    # Scaled by a already, so that one gain fits all tensors of the call.
     copies = stack_scaled(grads, coefficients.gradient[torch.tensor(places)])
     _fused_sgd_(params, copies, momenta, 1.0, settings.weight_decay, lr, settings.beta1, maximize)
 

@@ -194,6 +194,7 @@ def _weights(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, tuple[nn.Pa
         # Modules inside parametrizations hold the sources of a weight, not weights of their own.
         if module in hidden:
             continue
+        # Compiled or not, a layer has one name in patterns and logs.
         prefix = f"{path}.".replace("_orig_mod.", "").removeprefix(".")
         behind = {name: (parameter,) for name, parameter in module.named_parameters(recurse=False)}
         for name in _computing_hooks(module):
@@ -216,6 +217,7 @@ def _effective_weight(module: nn.Module, name: str) -> Tensor:
     if parametrize.is_parametrized(module, name):
         # Not by attribute: inside `parametrize.cached()` that would leave a weight without gradient in the cache.
         parametrization = module.get_submodule(f"parametrizations.{name}")
+        # In training mode spectral norm would advance its power iteration.
         with _evaluating(parametrization):
             weight = parametrization()
     else:
@@ -244,6 +246,7 @@ def _computing_hooks(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
         if isinstance(hook, WeightNorm):
             found[hook.name] = partial(hook.compute_weight, module)
         elif isinstance(hook, SpectralNorm):
+            # A power iteration would change the buffers that the next forward pass starts from.
             found[hook.name] = partial(hook.compute_weight, module, do_power_iteration=False)
         elif isinstance(hook, BasePruningMethod):
             found[hook._tensor_name] = partial(hook.apply_mask, module)

@@ -1,4 +1,4 @@
-r"""What one step of SGD guarantees when its gradient carries an error.
+r"""Worst-case bound on one step of SGD whose gradient carries an error.
 
 The step is :math:`x_{k+1} = x_k - \alpha (u_k + e_k)`, where :math:`u_k` is the gradient of one of the functions whose
 mean is minimised and :math:`\|e_k\|^2 \le \delta^2 \|u_k\|^2 + c^2`; the error may be adversarial. With
@@ -56,7 +56,7 @@ LARGEST_EXCESS = 1e12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BiasedSGDProblem:
-    r"""What is known about an objective, a mean of functions :math:`f_i`, one of which makes a step.
+    r"""Assumptions about an objective, a mean of functions :math:`f_i`, one of which makes a step.
 
     ================ ============================================== ======= ======= ================
     ``assumption``   about every :math:`f_i`                        M11     M21     G2
@@ -144,7 +144,7 @@ class BiasedSGDProblem:
 
 @dataclass(frozen=True, slots=True)
 class StepBound:
-    """What one step guarantees, with the weights that prove it.
+    """Bound on the distance after one step, with the weights that prove it.
 
     Attributes:
         U_next: Bound on the mean squared distance after the step.

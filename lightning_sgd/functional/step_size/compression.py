@@ -1,4 +1,4 @@
-"""How far a compressed gradient is from the gradient itself, and the error model that covers what was seen."""
+"""Compression of gradients: its error, and an error model that covers all measured errors."""
 
 from __future__ import annotations
 

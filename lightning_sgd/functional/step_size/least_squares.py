@@ -29,7 +29,7 @@ _NOTHING = "There is nothing to learn from zeros: check the data set."
 
 @dataclass(frozen=True, slots=True)
 class ConditionNumbers:
-    """What the convergence of SGD and MaSS on interpolated least squares depends on.
+    """Condition numbers that decide how fast SGD and MaSS converge on interpolated least squares.
 
     Attributes:
         L: Largest eigenvalue of H = E[xxᵀ].
@@ -51,7 +51,7 @@ class ConditionNumbers:
 
 @dataclass(frozen=True, slots=True)
 class LeastSquaresConstants:
-    """What batch size and step size of SGD on a least-squares problem depend on.
+    """Constants that decide on batch size and step size of SGD on a least-squares problem.
 
     Attributes:
         R2: Smallest number with E[‖x‖²xxᵀ] ⪯ R²·H [R²].
@@ -247,7 +247,7 @@ def constants_of_moments(
 
 
 class _Decomposition(NamedTuple):
-    """What the features X, of shape (n, d), say about H = XᵀX/n of rank r.
+    """Decomposition of H = XᵀX/n of rank r, from features X of shape (n, d).
 
     Attributes:
         u: Left singular vectors, shape (n, r).
@@ -321,7 +321,6 @@ def _gather(
     collected: list[Tensor] = []
     missing = num_samples
     for batch in batches:
-        # Cut before it is kept, so that a large last batch costs no memory.
         rows = feature_map(batch)[:missing]
         collected.append(rows)
         missing -= len(rows)
