@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sgd._distributed import gather_numbers
 from lightning_sgd._run_log import announce, log_metrics, logger_names
-from lightning_sgd._validation import expect, warn_no_effect
+from lightning_sgd._validation import expect, plain_number, warn_no_effect
 from lightning_sgd.callbacks._monitoring.figures import publish_if_possible
 from lightning_sgd.callbacks.priority_sampling.borrowed import (
     PatchedAttributes,
@@ -154,9 +154,11 @@ class PrioritySampling(Callback):
         seed: int = 0,
         save_figure: bool = True,
     ) -> None:
-        self.score, self.beta, self.beta_end, self.weight_norm = score, beta, beta_end, weight_norm
-        self.pressure_end, self.selection = pressure_end, selection
-        self.refresh_every_n_epochs = refresh_every_n_epochs
+        beta = plain_number(beta)
+        self.score, self.weight_norm = score, weight_norm
+        self.beta, self.beta_end = beta, plain_number(beta_end)
+        self.pressure_end, self.selection = plain_number(pressure_end), selection
+        self.refresh_every_n_epochs = plain_number(refresh_every_n_epochs)
         self.irreducible_losses = irreducible_losses
         self.seed, self.save_figure = seed, save_figure
         # The order is part of the state key, which checkpoints know.
@@ -172,6 +174,7 @@ class PrioritySampling(Callback):
             "pressure": pressure,
             "top": top,
         }
+        self.settings = {name: plain_number(value) for name, value in self.settings.items()}
         checked = {name: value for name, value in self.settings.items() if name != "stratified"}
         check_sampler_settings(**checked)
         check_settings(self._everything())
