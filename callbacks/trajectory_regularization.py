@@ -218,10 +218,11 @@ class InnerLoop:
     def __init__(self, optimizer: Optimizer, lambda_w: float | None) -> None:
         self.optimizer = optimizer
         self.position, self.number, self.num_steps = 0, 0, 0
-        self.strengths = [_strength(group, lambda_w) for group in optimizer.param_groups]
-        self.anchors: list[Tensor | None] = [None] * len(self.params)
-        # The number of the stage at whose start each anchor was set.
-        self.anchored_in: list[int] = [-1] * len(self.params)
+        self.lambda_w = lambda_w
+        self.strengths: list[float] = []
+        self.anchors: list[Tensor | None] = []
+        self.anchored_in: list[int] = []  # the number of the stage at whose start each was set
+        self._adopt_new_groups()
 
     @property
     def params(self) -> list[Tensor]:
@@ -231,6 +232,7 @@ class InnerLoop:
     @torch.no_grad()
     def add_pull(self) -> None:
         """Set the anchors that this stage does not have yet, and add the pull towards them to the gradients."""
+        self._adopt_new_groups()
         self._move_anchors()
         # Anchors are where the parameters are, so there is no pull.
         if self.position == 0:
@@ -290,6 +292,14 @@ class InnerLoop:
             None if anchor is None else anchor.to(param.device, param.dtype, copy=True)
             for anchor, param in zip(state["anchors"], self.params, strict=True)
         ]
+
+    def _adopt_new_groups(self) -> None:
+        """Include groups that were added to the optimizer later, as when layers are unfrozen."""
+        new = self.optimizer.param_groups[len(self.strengths) :]
+        self.strengths += [_strength(group, self.lambda_w) for group in new]
+        num_new = len(self.params) - len(self.anchors)
+        self.anchors += [None] * num_new
+        self.anchored_in += [-1] * num_new
 
     def _move_anchors(self) -> None:
         for index, param in enumerate(self.params):

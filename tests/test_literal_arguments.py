@@ -120,3 +120,10 @@ def test_the_number_of_faulty_workers_may_be_of_numpy() -> None:
     """As where it is computed from an array."""
     faulty: Any = np.int64(1)
     assert type(lightning_sgd.ByzantineStrategy(num_byzantine=faulty).rule.num_byzantine) is int
+
+
+def test_settings_of_priority_sampling_may_be_text() -> None:
+    """As a shell or an environment variable gives them; the state key is that of the numbers."""
+    text: Any = {"beta": "1", "alpha": "0.5"}
+    given = lightning_sgd.PrioritySampling(**text)
+    assert given.state_key == lightning_sgd.PrioritySampling(beta=1, alpha=0.5).state_key

@@ -148,12 +148,10 @@ def _count_the_epoch() -> None:
     while frame is not None:
         loop = frame.f_locals.get("self")
         if isinstance(loop, FitLoop):
-            current: Any = (
-                loop.epoch_progress.current
-            )  # typed as its base, which has no `processed`
-            if current.ready == current.processed:
-                loop.epoch_progress.increment_ready()
-                loop.epoch_progress.increment_started()
+            progress: Any = loop.epoch_progress  # its annotation names a base class
+            if progress.current.ready == progress.current.processed:
+                progress.increment_ready()
+                progress.increment_started()
             return
         frame = frame.f_back
 

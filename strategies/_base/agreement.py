@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
@@ -16,7 +17,7 @@ from lightning_sgd.strategies._base.replica import copy_all_
 from lightning_sgd.strategies._comm.all_to_all import AllToAll
 from lightning_sgd.strategies._comm.collectives import Collectives, Purpose
 from lightning_sgd.strategies._comm.failures import ExchangeError
-from lightning_sgd.strategies._comm.fingerprints import fingerprint
+from lightning_sgd.strategies._comm.fingerprints import fingerprint, layout
 
 
 def verify_equal_weights(exchange: Collectives, module: torch.nn.Module) -> None:
@@ -28,6 +29,21 @@ def verify_equal_weights(exchange: Collectives, module: torch.nn.Module) -> None
     remedy = "Call `seed_everything` before the model is made, or set initial_weights='broadcast'."
     got = Words(f"others on ranks {others}")
     expect(not others, "initial_weights", "the same on all ranks", got, remedy)
+
+
+def verify_equal_layouts(exchange: Collectives, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise if ranks have tensors of other names, shapes, types or order, whose elements would be mixed up."""
+    prints = exchange.all_gather_object(layout(named))
+    others = [rank for rank, print_ in enumerate(prints) if print_ != prints[0]]
+    if not others:
+        return
+    mine = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named]
+    layouts = exchange.all_gather_object(mine)
+    pairs = zip_longest(layouts[0], layouts[others[0]], fillvalue="nothing")
+    here, there = next((a, b) for a, b in pairs if a != b)
+    remedy = "Build it from the same settings, in the same order and precision, on every rank."
+    got = Words(f"others on ranks {others}: {there} on rank {others[0]}, {here} on rank 0")
+    expect(False, "model", "of the same tensors on all ranks", got, remedy)
 
 
 def agree_on_weights(

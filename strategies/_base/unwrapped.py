@@ -59,7 +59,7 @@ from lightning_sgd._validation import (
     warn_no_effect,
 )
 from lightning_sgd.functional.distributed.traffic import Traffic, all_reduce_traffic
-from lightning_sgd.strategies._base.agreement import verify_equal_weights
+from lightning_sgd.strategies._base.agreement import verify_equal_layouts, verify_equal_weights
 from lightning_sgd.strategies._base.common_model import CommonModel
 from lightning_sgd.strategies._base.rank_checkpoints import RankCheckpoints
 from lightning_sgd.strategies._base.replica import Replica
@@ -191,8 +191,12 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
 
     def configure_ddp(self) -> None:
         """Give all ranks the same weights; the module is not wrapped."""
+        if self.exchange is None:
+            return
+        state = [*self._module.named_parameters(), *self._module.named_buffers()]
+        verify_equal_layouts(self.exchange, state)
         # A resumed rank has loaded weights of its own, which must stay.
-        if self._is_resumed or self.exchange is None:
+        if self._is_resumed:
             return
         if self.initial_weights == "verify":
             verify_equal_weights(self.exchange, self._module)
@@ -212,6 +216,11 @@ class UnwrappedStrategy(RankCheckpoints, ABC):
             self, self.against_sync_batchnorm
         )  # again: only now the optimizers are known
         self.begin()
+        if self.exchange is not None:
+            names = {id(param): name for name, param in self._module.named_parameters()}
+            tensors = [tensor for replica in self.replicas for tensor in replica.tensors]
+            named = [(names.get(id(tensor), "?"), tensor) for tensor in tensors]
+            verify_equal_layouts(self.exchange, named)
         self._is_resumed = False
 
     def on_train_start(self) -> None:

@@ -82,6 +82,28 @@ def test_two_optimizers_are_staged_each_for_itself(tmp_path):
     assert_same(ours, fit(tmp_path, trsgd, module=TwoOptimizers))
 
 
+class Frozen(Regression):
+    """Trains the last layer alone."""
+
+    def configure_optimizers(self):
+        return self.make(self.net[2].parameters())
+
+
+class Unfreezes(Callback):
+    """Adds the first layer at the start of a stage, with a smaller step size."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 6:
+            group = {"params": list(pl_module.net[0].parameters()), "lr": 0.05}
+            trainer.optimizers[0].add_param_group(group)
+
+
+def test_groups_that_are_added_later_are_pulled_too(tmp_path):
+    callback = TrajectoryRegularization(**STAGES)
+    ours = fit(tmp_path, sgd, callback, Unfreezes(), module=Frozen)
+    assert_same(ours, fit(tmp_path, trsgd, Unfreezes(), module=Frozen))
+
+
 @pytest.mark.parametrize("optimizer_class", [MaSS, NovoGrad, torch.optim.RMSprop])
 def test_switched_off_it_changes_nothing_of_any_optimizer(tmp_path, optimizer_class):
     off = TrajectoryRegularization(lambda_w=0.0, inner_lr_decay="none")

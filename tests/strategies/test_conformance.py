@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -319,3 +320,35 @@ def test_lazy_modules_are_refused_on_several_ranks(make, tmp_path):
         Exception, match=r"without lazy parameters on several ranks.*'net.0.weight'"
     ):
         Run(tmp_path, make(), Lazy(), ranks=2)
+
+
+class Different(Regression):
+    """Is built in another way on rank 1."""
+
+    def __init__(self, how):
+        super().__init__(sgd)
+        self.how = how
+
+    def configure_model(self):
+        if self.how == "order of layers":
+            widths = (6, 2) if self.trainer.global_rank else (2, 6)
+            layers = [torch.nn.Linear(a, b) for a, b in pairwise((4, *widths, 1))]
+            self.net = torch.nn.Sequential(*layers)
+        elif self.how == "precision" and self.trainer.global_rank:
+            self.net.double()
+
+    def training_step(self, batch, batch_idx):
+        return loss_of(self.net, [x.to(self.net[0].weight.dtype) for x in batch])
+
+    def configure_optimizers(self):
+        params = list(self.net.parameters())
+        turned = self.how == "order in the optimizer" and self.trainer.global_rank
+        return sgd(params[::-1] if turned else params)
+
+
+@pytest.mark.parametrize("how", ["order of layers", "precision", "order in the optimizer"])
+def test_models_that_differ_are_refused_in_a_sentence(make, tmp_path, how):
+    with pytest.raises(
+        Exception, match=r"others on ranks \[1\]: .* on rank 1, .* on rank 0\. Build"
+    ):
+        Run(tmp_path, make(), Different(how))
