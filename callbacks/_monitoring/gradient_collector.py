@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from lightning_sgd._validation import expect, warn_no_effect
@@ -27,6 +28,7 @@ from lightning_sgd.functional.noise.gradient_sample import (
     Columns,
     Coordinates,
     GradientSample,
+    num_reals,
     wide_dtype,
 )
 from lightning_sgd.functional.noise.gradient_sketch import CountSketch
@@ -117,6 +119,8 @@ class GradientCollector:
         """Return the reason why nothing can be collected in this training; ``None`` if there is none."""
         if not holds_whole_model(trainer):
             return f"{type(trainer.strategy).__name__} leaves no rank a whole gradient"
+        if any(map(is_lazy, pl_module.parameters())):
+            return "lazy modules have no weights before the first batch; looks begin after it"
         if self.steps is not None:
             return self.steps.obstacle(trainer, pl_module)
         return obstacle_to_extra_batches(trainer, pl_module, self.loss_fn, self.batch_size)
@@ -161,7 +165,7 @@ class GradientCollector:
     def coordinates(self, pl_module: LightningModule) -> Columns:
         """Return what is kept of a gradient of the trained parameters."""
         sizes = {
-            name.replace("_orig_mod.", ""): param.numel()
+            name.replace("_orig_mod.", ""): num_reals(param)
             for name, param in pl_module.named_parameters()
             if param.requires_grad
         }
