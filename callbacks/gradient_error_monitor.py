@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_sgd._distributed import reduce_mean
 from lightning_sgd._validation import expect
@@ -145,8 +147,11 @@ class GradientErrorMonitor(Monitor):
 
     def describe_start(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Return the compressor and the number of parameters."""
-        num = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        return f"error of {self._name} on the gradients of {num} parameters"
+        params = [param for param in pl_module.parameters() if param.requires_grad]
+        what = f"error of {self._name} on the gradients of"
+        if any(map(is_lazy, params)):
+            return f"{what} {len(params)} tensors, some without a shape before the first batch"
+        return f"{what} {sum(param.numel() for param in params)} parameters"
 
     def describe_end(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Return the error model, and what follows from it."""
@@ -198,4 +203,5 @@ class GradientErrorMonitor(Monitor):
 def _gradients(module: LightningModule) -> Iterator[Tensor]:
     for param in module.parameters():
         if param.grad is not None and param.grad.numel():
-            yield param.grad
+            # The real and the imaginary part are two numbers, as optimizers take them.
+            yield torch.view_as_real(param.grad) if param.is_complex() else param.grad

@@ -221,7 +221,9 @@ def draw_tail_index(
         name, color, line = CURVES[key]
         right.plot([2**j for j in range(len(profile))], profile, line, color=color, label=name)
     left.set(xlabel="optimizer step", ylabel="tail index α", ylim=(0, 3))
-    right.set(xlabel="samples per sum", xscale="log", title="stability profile at the last look")
+    right.set(xlabel="samples per sum", title="stability profile at the last look")
+    if any(profiles.values()):  # an empty logarithmic axis cannot be drawn
+        right.set(xscale="log")
     for axes in (left, right):
         _mark_gaussian(axes)
     left.legend(fontsize="small", loc="lower left")

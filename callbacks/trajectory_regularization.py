@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -199,11 +200,13 @@ class TrajectoryRegularization(Callback):
     def _announcement(self) -> str:
         strengths = dict.fromkeys(f"{s:g}" for loop in self._loops for s in loop.strengths)
         params = [param for loop in self._loops for param in loop.params]
-        mebibytes = sum(param.numel() * param.element_size() for param in params) / 2**20
+        memory = "as many bytes as the parameters will have"  # lazy modules have no shapes yet
+        if not any(map(is_lazy, params)):
+            memory = f"{sum(p.numel() * p.element_size() for p in params) / 2**20:.1f} MiB"
         decay = "falling as 1/(k + 1)" if self.inner_lr_decay == "harmonic" else "constant"
         return (
             f"stages of {self.inner_steps} optimizer steps with step sizes {decay} and a pull of strength "
-            f"{', '.join(strengths)}; {mebibytes:.1f} MiB for the anchors."
+            f"{', '.join(strengths)}; {memory} for the anchors."
         )
 
 

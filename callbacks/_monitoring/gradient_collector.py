@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import closing
 from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from lightning_sgd._validation import expect, expect_one_of, warn_no_effect
 from lightning_sgd.callbacks._monitoring.extra_batches import (
     LossFunction,
-    draw_batch,
+    draws_from_all_rows,
+    extra_batches,
     gradient_of,
+    num_samples,
     obstacle_to_extra_batches,
     side_effect_free,
+    size_of_batches,
 )
 from lightning_sgd.callbacks._monitoring.step_gradients import StepGradients, gather_interleaved
 from lightning_sgd.functional.noise.gradient_sample import (
     Columns,
     Coordinates,
     GradientSample,
+    num_reals,
     wide_dtype,
 )
 from lightning_sgd.functional.noise.gradient_sketch import CountSketch
@@ -49,6 +56,7 @@ class GradientCollector:
     Attributes:
         settings: Two collectors with the same settings give the same sample.
         steps: Records the gradients of training; ``None`` with ``extra``.
+        trouble: Optimizer step of the last sample and why it holds no two gradients; ``None`` if it does.
 
     Args:
         num_gradients: Gradients over all ranks [m], with ``extra``; rounded up to the same number on each rank.
@@ -90,6 +98,7 @@ class GradientCollector:
                 f"`{idle[0]}` has no effect with source='{source}': the gradients are those of training."
             )
         self.steps = None if source == "extra" else StepGradients(source)
+        self.trouble: tuple[int, str] | None = None
         self._last: GradientSample | None = None
         self._columns: tuple[dict[str, int], Columns] | None = None
 
@@ -109,12 +118,11 @@ class GradientCollector:
         """Return the reason why nothing can be collected in this training; ``None`` if there is none."""
         if not holds_whole_model(trainer):
             return f"{type(trainer.strategy).__name__} leaves no rank a whole gradient"
+        if any(map(is_lazy, pl_module.parameters())):
+            return "lazy modules have no weights before the first batch; looks begin after it"
         if self.steps is not None:
             return self.steps.obstacle(trainer, pl_module)
-        obstacle = obstacle_to_extra_batches(trainer, pl_module, self.loss_fn)
-        if obstacle is None and self._size_of_batch(trainer) is None:
-            return "the data loader does not tell its batch size; set `batch_size`"
-        return obstacle
+        return obstacle_to_extra_batches(trainer, pl_module, self.loss_fn, self.batch_size)
 
     def describe(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Return what is collected and how much memory it takes, for the start message."""
@@ -134,7 +142,7 @@ class GradientCollector:
 
     def reset(self) -> None:
         """Free the last sample, and remove hooks."""
-        self._last, self._columns = None, None
+        self._last, self._columns, self.trouble = None, None, None
         if self.steps is not None:
             self.steps.abandon()
 
@@ -151,12 +159,12 @@ class GradientCollector:
             return None
         if self._last is None or self._last.step != trainer.global_step:
             self._last = self._collect(trainer, pl_module)
-        return self._last
+        return self._last if len(self._last.rows) > 1 else None
 
     def coordinates(self, pl_module: LightningModule) -> Columns:
         """Return what is kept of a gradient of the trained parameters."""
         sizes = {
-            name.replace("_orig_mod.", ""): param.numel()
+            name.replace("_orig_mod.", ""): num_reals(param)
             for name, param in pl_module.named_parameters()
             if param.requires_grad
         }
@@ -181,6 +189,8 @@ class GradientCollector:
         if found is None:
             return 0.0
         self._last, seconds = found
+        reason = self.steps.trouble if self.steps is not None and self._last is None else None
+        self.trouble = None if reason is None else (trainer.global_step - 1, reason)
         return seconds
 
     # Gradients of extra batches.
@@ -188,26 +198,35 @@ class GradientCollector:
     def _collect(self, trainer: Trainer, pl_module: LightningModule) -> GradientSample:
         coordinates = self.coordinates(pl_module)
         loader: DataLoader[Any] = trainer.train_dataloader  # type: ignore[assignment]  # see `obstacle`
-        size = self._size_of_batch(trainer)
-        assert size is not None
+        known_size = self.batch_size or size_of_batches(loader)
+        is_drawn = draws_from_all_rows(trainer, loader)
         step, rank, num_ranks = trainer.global_step, trainer.global_rank, trainer.world_size
         generator = torch.Generator().manual_seed(_mixed(self.seed, step, 0))
         torch.manual_seed(_mixed(self.seed, step, rank + 1))  # dropout and augmentation
         num_each = -(-self.num_gradients // num_ranks)
-        rows = []
-        with side_effect_free(pl_module, self.train_mode):
-            for number in range(num_each * num_ranks):
-                batch = draw_batch(trainer, loader, size, generator)
-                if number % num_ranks == rank:
-                    gradient = gradient_of(trainer, pl_module, batch(), self.loss_fn)
-                    rows.append(coordinates.of(gradient))
-        table = gather_interleaved(torch.stack(rows), num_ranks)  # in the order of the draws
-        return GradientSample(table, size, coordinates.layers, step).finite()
-
-    def _size_of_batch(self, trainer: Trainer) -> int | None:
-        loader = trainer.train_dataloader
-        sampler = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-        return self.batch_size or getattr(loader, "batch_size", None) or sampler
+        wide = wide_dtype(param for param in pl_module.parameters() if param.requires_grad)
+        shape = num_each, coordinates.num_coordinates + 1
+        # NaN where a step returns no loss. The last column is the number of samples.
+        table = torch.full(shape, math.nan, dtype=wide, device=pl_module.device)
+        with side_effect_free(pl_module, self.train_mode, loader):
+            batches = extra_batches(trainer, loader, known_size or 1, num_each, generator)
+            with closing(batches):  # ends its workers
+                for row, batch in zip(table, batches, strict=False):
+                    gradient = gradient_of(trainer, pl_module, batch, self.loss_fn)
+                    if gradient is not None:
+                        row[:-1] = coordinates.of(gradient)
+                        row[-1] = (not is_drawn and num_samples(batch)) or known_size or 1
+        table = gather_interleaved(table, num_ranks)  # in the order of the draws
+        rows, sizes = table[:, :-1], table[:, -1]
+        found, counts = sizes[sizes.isfinite()].unique(return_counts=True)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        # Noise of batches of different sizes cannot be compared: the most common size stays.
+        size = int(found[counts.argmax()]) if len(found) else 0
+        sample = GradientSample(rows[sizes == size], size, coordinates.layers, step).finite()
+        reason = "its gradients are not finite" if len(found) else "the steps return no loss"
+        if len(found) and int(counts.max()) < 2:
+            reason = "no two batches have the same number of samples"
+        self.trouble = None if len(sample.rows) > 1 else (step, reason)
+        return sample
 
 
 def holds_whole_model(trainer: Trainer) -> bool:

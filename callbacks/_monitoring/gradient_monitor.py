@@ -100,15 +100,23 @@ class GradientMonitor(Monitor):
     def describe_start(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Return how many gradients are collected, or the reason why none are."""
         obstacle = self.collector.obstacle(trainer, pl_module)
+        if obstacle is None and self.collector.trouble is not None:
+            step, reason = self.collector.trouble
+            sample = self.describe_sample(trainer, pl_module)
+            return f"{sample}, of which nothing could be measured at step {step}, because {reason}"
         if obstacle is not None:
             return f"nothing can be measured, because {obstacle}"
         return self.describe_sample(trainer, pl_module)
 
     def describe_end(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Return what was found, and publish the figure."""
+        lost = ""
+        if self.collector.trouble is not None:
+            step, reason = self.collector.trouble
+            lost = f" At step {step} nothing could be measured, because {reason}."
         if not self.history.times:
-            return "no gradient noise was measured."
-        return f"{self.describe_findings()}{self._publish_figure(trainer)}"
+            return f"no gradient noise was measured.{lost}"
+        return f"{self.describe_findings()}{lost}{self._publish_figure(trainer)}"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Share the gradients with other monitors."""

@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_sgd._distributed import gather
 from lightning_sgd._protocols import HasReplicas
 from lightning_sgd._validation import expect
+from lightning_sgd.callbacks._monitoring.extra_batches import num_samples
 from lightning_sgd.functional.noise.gradient_sample import Columns, GradientSample, wide_dtype
 
 StepSource: TypeAlias = Literal["microbatches", "ranks"]
@@ -36,6 +36,9 @@ class StepGradients:
         self.source = source
         self._hooks: GradientHooks | None = None
         self._factor = 1.0
+        self.trouble: str | None = (
+            None  # why the last recorded step has no two gradients, if it is known
+        )
 
     def refuse_single_gradients(self, trainer: Trainer) -> None:
         """Refuse a training with one gradient per step.
@@ -93,7 +96,7 @@ class StepGradients:
     def begin_batch(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Expect the backward pass of the next micro-batch, if its step is recorded."""
         if self._hooks is not None:
-            size = _num_samples(batch) or getattr(trainer.train_dataloader, "batch_size", None)
+            size = num_samples(batch) or getattr(trainer.train_dataloader, "batch_size", None)
             self._hooks.begin_batch(batch_idx % trainer.accumulate_grad_batches, size or 0)
 
     def set_recording(self, is_on: bool) -> None:
@@ -123,7 +126,10 @@ class StepGradients:
         rows, sizes = table[:, :-1], table[:, -1]
         size, layers = int(sizes.max()), hooks.columns.layers
         sample = GradientSample(rows[sizes == size], size * num_batches, layers, hooks.step)
+        is_measured = not hooks.has_moved and len(sample.rows) > 1
         sample = sample.finite()
+        is_lost = is_measured and len(sample.rows) < 2
+        self.trouble = "its gradients are not finite" if is_lost else None
         return sample if size > 0 and len(sample.rows) > 1 else None, hooks.seconds
 
     def abandon(self) -> None:
@@ -218,9 +224,3 @@ def _ranks_agree(trainer: Trainer) -> bool:
 def _loss_scale(trainer: Trainer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def _num_samples(batch: Any) -> int | None:
-    """Return the length of the first tensor of a batch; ``None`` if there is none."""
-    leaves = tree_leaves(batch)
-    return next((len(x) for x in leaves if isinstance(x, Tensor) and x.ndim), None)

@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from support.processes import run_ranks
 from support.training import Regression, TwoOptimizers, batches, loss_of, trainer
+from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
@@ -294,13 +296,86 @@ def test_a_function_of_ones_own_serves_manual_optimization(tmp_path):
     assert np.isfinite(monitor.values["coordinate"]).all()
 
 
-def test_a_training_step_without_loss_is_told(tmp_path):
-    class Silent(Regression):
+def test_a_training_step_that_returns_something_else_is_told(tmp_path):
+    class Text(Regression):
         def training_step(self, batch, batch_idx):
-            return None
+            return "loss"
 
-    with pytest.raises(TypeError, match="Expected `training_step` to return a loss, got NoneType"):
-        trainer(tmp_path, callbacks=[watch()]).fit(Silent(SGD), batches())
+    with pytest.raises(TypeError, match="Expected `training_step` to return a loss, got str"):
+        trainer(tmp_path, callbacks=[watch()]).fit(Text(SGD), batches())
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_steps_without_loss_are_left_out(tmp_path, caplog):
+    class Skips(Regression):
+        share = 0.0
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss if (batch[0][:, 0] > 0).float().mean() < self.share else None
+
+    def run(share):
+        monitor, kept = watch(num_batches=32, batch_size=3, num_coordinates=None), Samples()
+        module = Skips(SGD)
+        module.share = share
+        trainer(tmp_path, callbacks=[monitor, kept], max_steps=2).fit(module, batches())
+        return kept.sample, monitor
+
+    whole, _ = run(share=2.0)
+    some, _ = run(share=0.6)
+    assert len(whole.rows) == 32
+    assert 2 <= len(some.rows) < 32
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        nothing, monitor = run(share=-1.0)
+    assert nothing is None
+    assert not monitor.times
+    reason = "nothing could be measured, because the steps return no loss."
+    assert caplog.messages[-1].endswith(f"no gradient noise was measured. At step 2 {reason}")
+
+
+def test_gradients_that_are_not_finite_at_the_end_are_told(tmp_path, caplog):
+    class Diverges(Regression):
+        def training_step(self, batch, batch_idx):
+            factor = float("nan") if self.global_step >= 4 else 1.0
+            return factor * super().training_step(batch, batch_idx)
+
+    monitor = watch(every_n_steps=2, num_batches=8, max_overhead=None, save_figure=True)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        run = trainer(tmp_path, callbacks=[monitor], max_steps=6, max_epochs=-1)
+        run.fit(Diverges(SGD), batches())
+    assert run.state.finished
+    assert monitor.times == [0, 2]
+    assert "At step 6 nothing could be measured, because its gradients are not" in caplog.text
+    assert (tmp_path / "tail_index.png").exists()
+
+
+@pytest.mark.parametrize("source", ["extra", "microbatches"])
+@pytest.mark.filterwarnings("ignore:.*use_reentrant")
+def test_checkpoints_of_either_kind_give_the_same_gradients(tmp_path, source):
+    class Saves(Regression):
+        reentrant = False
+
+        def training_step(self, batch, batch_idx):
+            x = batch[0].clone().requires_grad_()
+            hidden = checkpoint(self.net[0], x, use_reentrant=self.reentrant)
+            return (self.net[1:](hidden).squeeze(-1) - batch[1].squeeze(-1)).square().mean()
+
+    def run(reentrant):
+        torch.manual_seed(0)
+        monitor, kept = watch(num_batches=4, num_coordinates=None, source=source), Samples()
+        if source == "microbatches":
+            monitor = watch(every_n_steps=1, num_coordinates=None, source=source)
+        module = Saves(SGD)
+        module.reentrant = reentrant
+        settings = {"accumulate_grad_batches": 2} if source == "microbatches" else {}
+        run = trainer(tmp_path, callbacks=[monitor, kept], max_steps=2, **settings)
+        run.fit(module, batches())
+        return kept.sample.rows, parameters_to_vector(module.parameters())
+
+    (rows, weights), (expected, same_weights) = run(True), run(False)
+    assert (expected[:, 0] != 0).any()
+    torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(weights, same_weights)
 
 
 @pytest.mark.slow

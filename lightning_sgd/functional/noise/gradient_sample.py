@@ -84,7 +84,7 @@ class Coordinates(Columns):
     coordinate is drawn in each.
 
     Args:
-        sizes: Number of coordinates by parameter.
+        sizes: Number of real numbers by parameter.
         num_coordinates: Approximate number of coordinates to take in all; ``None`` for all.
         seed: Seed of the choice.
 
@@ -126,22 +126,33 @@ class Coordinates(Columns):
 
 
 def wide_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Return float64 if one of the tensors has it, else float32.
+    """Return float64 if the real numbers of one of the tensors have it, else float32.
 
     Args:
-        tensors: Tensors of floating-point types.
+        tensors: Tensors of floating-point or complex types.
     """
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    is_wide = any(x.dtype in (torch.float64, torch.complex128) for x in tensors)
+    return torch.float64 if is_wide else torch.float32
+
+
+def num_reals(tensor: Tensor) -> int:
+    """Return the number of real numbers in a tensor: a complex number is two.
+
+    Args:
+        tensor: Tensor of a floating-point or complex type.
+    """
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def flattened(tensor: Tensor) -> Tensor:
-    """Flatten a tensor, with the zeros of sparse tensors, without a graph.
+    """Flatten a tensor to real numbers, with the zeros of sparse tensors, without a graph.
 
     Args:
         tensor: Dense or sparse tensor.
     """
     tensor = tensor.detach()
-    return (tensor.to_dense() if tensor.layout != torch.strided else tensor).flatten()
+    dense = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    return (torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense).flatten()
 
 
 def _one_in_each_part(size: int, num: int, generator: torch.Generator) -> Tensor:

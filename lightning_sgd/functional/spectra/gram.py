@@ -72,13 +72,19 @@ def normalize(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def as_wide(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Check the matrix and convert it to the wider of its own type and ``dtype``."""
+    # Called for every matrix at every look, and the sentences are needed only where something is wrong.
+    if matrix.is_complex() or matrix.ndim < 2 or matrix.numel() == 0:
+        _refuse(matrix)
+    if matrix.device.type == "mps":  # has neither float64 nor eigenvalues
+        matrix = matrix.cpu()
+    return matrix.detach().to(torch.promote_types(matrix.dtype, dtype))
+
+
+def _refuse(matrix: Tensor) -> None:
     remedy = "Leave it out."
     expect(not matrix.is_complex(), "matrices", "real", matrix.dtype, remedy)
     expect(matrix.ndim >= 2, "matrices", "of shape (…, m, n)", tuple(matrix.shape), remedy)
     expect(matrix.numel() > 0, "matrices", "not empty", tuple(matrix.shape), remedy)
-    if matrix.device.type == "mps":  # has neither float64 nor eigenvalues
-        matrix = matrix.cpu()
-    return matrix.detach().to(torch.promote_types(matrix.dtype, dtype))
 
 
 def _largest_magnitude(matrix: Tensor) -> Tensor:
