@@ -186,7 +186,7 @@ def gradient_of(
             loss = _loss(trainer, module, batch, loss_fn)
             if loss is None:
                 return None
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
+            loss.backward()
         found = [leaf.grad for leaf in leaves]
     return [
         torch.zeros_like(param) if gradient is None else gradient.detach()

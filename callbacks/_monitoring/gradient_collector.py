@@ -218,7 +218,7 @@ class GradientCollector:
                         row[-1] = (not is_drawn and num_samples(batch)) or known_size or 1
         table = gather_interleaved(table, num_ranks)  # in the order of the draws
         rows, sizes = table[:, :-1], table[:, -1]
-        found, counts = sizes[sizes.isfinite()].unique(return_counts=True)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        found, counts = sizes[sizes.isfinite()].unique(return_counts=True)
         # Noise of batches of different sizes cannot be compared: the most common size stays.
         size = int(found[counts.argmax()]) if len(found) else 0
         sample = GradientSample(rows[sizes == size], size, coordinates.layers, step).finite()

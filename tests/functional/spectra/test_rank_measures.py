@@ -286,7 +286,7 @@ def test_nothing_about_the_weight_changes():
     ("arguments", "message"),
     [
         ({"measures": []}, "`measures` to be a list of some of"),
-        ({"measures": ["srank"]}, "`measures` to be a list of some of"),
+        ({"measures": ["srank"]}, "`measures` to be one of"),
         ({"measures": ["rank"], "method": "cheap"}, "`measures` to be .* another `method`"),
         ({"tol": []}, "`tol` to be a list of numbers in"),
         ({"tol": 1e-3}, "`tol` to be a list of numbers in"),
