@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,7 +32,7 @@ roll flip flipud permute transpose t swapaxes swapdims movedim moveaxis unsqueez
 _MOVING = frozenset(_NAMES_MOVING.split())
 """Operations that move rows as they move a column of row numbers."""
 _RESHAPING = frozenset({"view", "reshape", "flatten"})
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 _MAX_DEPTH, _MAX_PARTS = 8, 64
 
 
@@ -56,7 +55,7 @@ _MERGED = Origin((), merges=True)
 
 
 class CollateFollower(TorchFunctionMode):
-    """Follows tensors and objects of items by their identity while it is on.
+    """Follow tensors and objects of items by their identity while the mode is on.
 
     Functions of torch that are called meanwhile pass on where their arguments come from: a tensor computed from those
     of one item belongs to it, and joining such tensors makes rows. What goes through other libraries is compared by
@@ -69,17 +68,20 @@ class CollateFollower(TorchFunctionMode):
     def __init__(self, items: list[Any]) -> None:
         super().__init__()
         self.num_items = len(items)
-        self._present = [position for position, item in enumerate(items) if item is not None]
         self.merges = False
         # The objects themselves are kept as well, because identities are only unique among living ones.
         self._origins: dict[int, tuple[Any, Origin]] = {}
-        # The collate may take items apart, so that their values are looked up before.
-        self._values = [dict(value_leaves(item)) for item in items]
+        # A collate may take its items apart.
+        self._items = [_shallow(item) for item in items]
+        origins = self._origins
         for position, item in enumerate(items):
-            for each in islice(_parts(item), _MAX_PARTS):
-                known = self._origin(each)
-                candidates = (known.rows[0] if known else 0) | 1 << position
-                self._origins[id(each)] = each, Origin((candidates,))
+            own = Origin((1 << position,))
+            for each in _parts(item):
+                known = origins.get(id(each))
+                if known is None:
+                    origins[id(each)] = each, own
+                else:
+                    origins[id(each)] = each, Origin((known[1].rows[0] | 1 << position,))
 
     def __torch_function__(
         self,
@@ -105,7 +107,7 @@ class CollateFollower(TorchFunctionMode):
     def order_of(self, batch: Any) -> list[int] | None:
         """Find the position of the item of each row; ``None`` if that cannot be told."""
         evidence = list(self._evidence(batch))
-        if self.merges or not self._present:
+        if self.merges:
             return None
         lists = [
             rows if len(rows) <= self.num_items else tuple(dict.fromkeys(rows)) for rows in evidence
@@ -119,21 +121,28 @@ class CollateFollower(TorchFunctionMode):
         if found is not None and 0 in found:
             self.merges = True
             return None
-        # Items that are None, as of broken files, are what collates leave out.
-        values = [self._values[position] for position in self._present]
-        matches = None if found is None else self._matrix(found)
-        if matches is None or matches.sum(1).max() > 1:
-            by_value = matches_by_value(values, batch, None if matches is None else len(matches))
-            if matches is None:
-                matches = by_value
-            elif by_value is not None and (matches & by_value).any(1).all():
-                matches = matches & by_value
-        order = None if matches is None else resolved(matches, values)
-        return None if order is None else [self._present[each] for each in order]
+        if found is not None and all(rows & (rows - 1) == 0 for rows in found):
+            return [rows.bit_length() - 1 for rows in found]
+        return self._order_by_value(batch, found)
 
-    def _matrix(self, found: Sequence[Candidates]) -> Matches:
-        rows = [[candidates >> each & 1 for each in self._present] for candidates in found]
-        return np.array(rows, dtype=bool)
+    def _order_by_value(self, batch: Any, found: Sequence[Candidates] | None) -> list[int] | None:
+        # Items that are None, as of broken files, are what collates leave out.
+        present = [position for position, item in enumerate(self._items) if item is not None]
+        if not present:
+            return None
+        items = [self._items[position] for position in present]
+        values = [dict(value_leaves(item)) or {(): item} for item in items]
+        matches: Matches | None = None
+        if found is not None:
+            rows = [[candidates >> each & 1 for each in present] for candidates in found]
+            matches = np.array(rows, dtype=bool)
+        by_value = matches_by_value(values, batch, None if matches is None else len(matches))
+        if matches is None:
+            matches = by_value
+        elif by_value is not None and (matches & by_value).any(1).all():
+            matches = matches & by_value
+        order = None if matches is None else resolved(matches, values)
+        return None if order is None else [present[each] for each in order]
 
     # While the collate runs.
 
@@ -152,7 +161,7 @@ class CollateFollower(TorchFunctionMode):
     def _known(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Origin]:
         found = []
         for each in (*args, *kwargs.values()):
-            origin = None if isinstance(each, _PLAIN) else self._origin(each)
+            origin = None if type(each) in _PLAIN else self._origin(each)
             if origin is not None:
                 found.append(origin)
             elif isinstance(each, (list, tuple)):
@@ -210,7 +219,7 @@ class CollateFollower(TorchFunctionMode):
         if any(origin.merges for origin in known):
             return _MERGED
         dim = _dim_of(name, args, kwargs) % result.ndim
-        has_rows = [len(set(origin.rows)) > 1 for origin in known]
+        has_rows = [origin.dim is not None and len(set(origin.rows)) > 1 for origin in known]
         if all(has_rows) and any(origin.dim != dim for origin in known):  # features side by side
             return _by_element(known, result) if name not in _STACKING else None
         if any(has_rows) and name in _STACKING:
@@ -220,7 +229,8 @@ class CollateFollower(TorchFunctionMode):
             if origin is None:
                 rows.append(0)
             else:
-                rows += origin.rows if len(set(origin.rows)) > 1 else origin.rows[:1]
+                is_whole = origin.dim is None or len(set(origin.rows)) == 1
+                rows += origin.rows[:1] if is_whole else origin.rows
         return Origin(tuple(rows), dim)
 
     def _assign(self, target: Any, index: Any, value: Any) -> None:
@@ -251,7 +261,7 @@ class CollateFollower(TorchFunctionMode):
 
     def _evidence(self, value: Any, depth: int = 0) -> Iterator[tuple[Candidates, ...]]:
         """Iterate over the rows of everything in the batch whose rows are known."""
-        if isinstance(value, _PLAIN) or depth > _MAX_DEPTH:
+        if type(value) in _PLAIN or depth > _MAX_DEPTH:
             return
         if isinstance(value, Tensor):
             origin = self._origin(value)
@@ -270,7 +280,7 @@ class CollateFollower(TorchFunctionMode):
 
     def _owner(self, value: Any, depth: int = 0) -> Candidates:
         """Return the items to which a part of the batch may belong as a whole; 0 for none."""
-        if isinstance(value, _PLAIN) or depth > _MAX_DEPTH:
+        if type(value) in _PLAIN or depth > _MAX_DEPTH:
             return 0
         origin = self._origin(value)
         if origin is not None:
@@ -281,17 +291,37 @@ class CollateFollower(TorchFunctionMode):
         return _intersection(owners) if owners else 0
 
 
-def _parts(value: Any, depth: int = 0) -> Iterator[Any]:
-    """Iterate over an item and everything in it whose identity says where it comes from."""
-    if isinstance(value, _PLAIN) or depth > _MAX_DEPTH:
-        return
-    yield value
-    if not isinstance(value, list) or not value or not isinstance(value[0], _PLAIN):
-        for each in _children(value):
-            yield from _parts(each, depth + 1)
+def _shallow(item: Any) -> Any:
+    if isinstance(item, Mapping):
+        return dict(item)
+    return list(item) if type(item) is list else item
+
+
+def _parts(item: Any) -> list[Any]:
+    """Return an item and what is in it, up to a limit, where its identity says where it comes from."""
+    found: list[Any] = []
+    level = [item]
+    for _ in range(_MAX_DEPTH):
+        level = [each for each in level if type(each) not in _PLAIN]
+        found += level
+        if len(found) > _MAX_PARTS:
+            return found[:_MAX_PARTS]
+        containers = [
+            each for each in level if type(each) is not Tensor and not _is_list_of_plain(each)
+        ]
+        if not containers:
+            return found
+        level = [part for each in containers for part in _children(each)]
+    return found
+
+
+def _is_list_of_plain(value: Any) -> bool:
+    return type(value) is list and (not value or type(value[0]) in _PLAIN)
 
 
 def _children(value: Any) -> list[Any]:
+    if type(value) is tuple:  # the most frequent one
+        return list(value)
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, (list, tuple)):

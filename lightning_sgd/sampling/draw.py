@@ -25,7 +25,7 @@ class Draw:
         smallest_probability: A lower bound for all samples at that moment.
         step: How many updates of the priorities there had been.
         num_padded: How many samples at the end only make the parts equal; they get weight 0.
-        is_uniform: Whether all samples had the same chance, so that nothing is to be corrected.
+        is_uniform: True if all samples had the same probability, so that nothing is to be corrected.
     """
 
     indices: Tensor
@@ -36,7 +36,7 @@ class Draw:
     is_uniform: bool = False
 
     def weights(self, num_samples: int, beta: float, norm: WeightNorm = "none") -> Tensor | None:
-        """Weights of the losses of all samples, float32; ``None`` where all are exactly 1.
+        """Return the weights of the losses of all samples, float32; ``None`` where all are exactly 1.
 
         Args:
             num_samples: Size of the data set.
@@ -57,16 +57,16 @@ class Draw:
         return normalized_weights(weights, norm, largest).float()
 
     def part(self, values: Tensor, rank: int, num_ranks: int) -> Tensor:
-        """The part of a rank.
+        """Select the part of a rank.
 
         Args:
             values: One for each sample of the draw.
-            rank: Its number.
-            num_ranks: How many there are.
+            rank: Number of the rank.
+            num_ranks: Number of ranks.
         """
         size = len(self.indices) // num_ranks
         return values[rank * size : (rank + 1) * size]
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers."""
+        """Return tensors and numbers."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

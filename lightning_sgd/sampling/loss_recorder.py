@@ -40,7 +40,7 @@ class NeedsGraph(Exception):  # noqa: N818  # a signal, not an error
 
 
 class LossRecorder:
-    """Records the losses of one training step.
+    """Record the losses of one training step.
 
     Args:
         num_samples: Rows of the batch [b].
@@ -84,7 +84,7 @@ class LossRecorder:
 
     @property
     def num_losses(self) -> int:
-        """How many losses count."""
+        """The number of losses that count."""
         return len(self._found)
 
     def drop_unreached(self, output: Any) -> None:
@@ -238,7 +238,7 @@ def _reached(start: Node, targets: set[Node], ends: set[Node]) -> set[Node]:
 
 
 class LossInterceptor(TorchFunctionMode):
-    """Passes the losses of torch's functions to a recorder while it is on.
+    """Pass the losses of torch's functions to a recorder while the mode is on.
 
     Args:
         recorder: Of this step.

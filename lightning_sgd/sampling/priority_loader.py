@@ -34,16 +34,16 @@ KEPT = (
 
 
 class PriorityDataLoader(DataLoader[Any]):
-    """Loads the batches that a sampler draws, and draws each exactly once, with any number of workers.
+    """Load the batches that a sampler draws, and draw each exactly once, with any number of workers.
 
     With each batch comes which of the drawn samples its rows belong to, whatever the ``collate_fn`` does; that is kept
     in :attr:`arrived`, and the batch is handed out as it is.
 
-    Whoever looks through it while it is running, as some monitors do, gets the data in order, and nothing is drawn.
+    A second iteration while an epoch runs, as monitors need it, returns the data in their order, and draws nothing.
 
     Args:
-        dataset: What the sampler draws from.
-        sampler: Draws.
+        dataset: The data that the sampler draws from.
+        sampler: Draws the batches.
         **kwargs: Passed on to ``torch.utils.data.DataLoader``.
     """
 
@@ -61,7 +61,7 @@ class PriorityDataLoader(DataLoader[Any]):
         return self._batches.sampler
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """The number of batches of an epoch."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its private iterator
@@ -81,11 +81,11 @@ class PriorityDataLoader(DataLoader[Any]):
             self._running_epoch = None if self._running_epoch == epoch else self._running_epoch
 
     def state_dict(self) -> dict[str, int]:
-        """The number of the epoch; the state of the sampler is for its owner to keep."""
+        """Return the number of the epoch; the owner of the sampler keeps its state."""
         return {"epoch": self.priorities.epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Nothing: the position belongs to the sampler."""
+        """Do nothing: the position belongs to the sampler."""
 
     @property
     def _index_sampler(self) -> PriorityBatchSampler:
@@ -134,10 +134,10 @@ def check_rows(rows: BatchRows) -> None:
 def with_priorities(
     loader: object, make_sampler: Callable[[Any, int, bool], PrioritySampler], num_ranks: int = 1
 ) -> PriorityDataLoader:
-    """The same loader with another sampler.
+    """Make the same loader with another sampler.
 
     Args:
-        loader: The user's; one that has a priority sampler already keeps it.
+        loader: The loader of the user; one that has a priority sampler already keeps it.
         make_sampler: Called with data set, batch size and whether to drop an incomplete batch.
         num_ranks: Number of ranks that share the data.
 

@@ -43,11 +43,11 @@ class PrioritySampler(DistributedSampler[int]):
     update.
 
     Args:
-        dataset: What to draw from, with a length, or its length.
+        dataset: Data set with a length, or its length.
         batch_size: Samples per batch and rank.
         num_replicas: Number of ranks; by default of the process group, or 1.
         rank: Number of this one.
-        seed: Decides on the draws, the same on all ranks.
+        seed: Seed of the draws, the same on all ranks.
         drop_last: Leave out an incomplete batch at the end of a warm-up epoch, and make the others as short.
         order: Draw in proportion to scores, by their ``rank``, or the ``top`` ones alone; the latter two change once
             per epoch.
@@ -122,13 +122,13 @@ class PrioritySampler(DistributedSampler[int]):
         self.num_in_dataset = len(data)
         self.table = PriorityTable(self.num_in_dataset, **settings)
         self.num_candidates = batch_size
-        """How many samples per rank the next draws have, if that is not the batch size."""
+        """Samples per rank of the next draws."""
         self.pending: deque[Draw] = deque()
-        """What was drawn and not taken yet."""
+        """Draws that were not taken yet."""
         self.num_not_finite = 0
-        """How many scores were NaN or infinite."""
+        """Number of scores that were NaN or infinite."""
         self.before_epoch: Callable[[int], None] | None = None
-        """Called with the number of an epoch before its first draw, but not when one goes on."""
+        """Called with the number of an epoch before its first draw, but not when an epoch is resumed."""
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn_epoch, self._num_drawn = -1, 0
         self._resumes = False
@@ -136,28 +136,28 @@ class PrioritySampler(DistributedSampler[int]):
 
     @property
     def num_batches(self) -> int:
-        """Batches of an epoch."""
+        """The number of batches of an epoch."""
         batches = self.num_in_dataset / (self.batch_size * self.num_replicas)
         return math.floor(batches) if self.drop_last else math.ceil(batches)
 
     @property
     def is_warming_up(self) -> bool:
-        """Whether this epoch is a uniform permutation."""
+        """True if this epoch is a uniform permutation."""
         return self.epoch < self.warmup_epochs
 
     def __len__(self) -> int:
-        """Samples per rank and epoch."""
+        """The number of samples per rank and epoch."""
         if self.drop_last:
             return self.num_batches * self.batch_size
         return math.ceil(self.num_in_dataset / self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
-        """Indices of this rank; what DataLoader's own grouping into batches needs."""
+        """Iterate over the indices of this rank, for a DataLoader that makes the batches itself."""
         for batch in self.batches():
             yield from batch
 
     def batches(self) -> Iterator[list[int]]:
-        """Batches of indices of this rank, each drawn when it is asked for."""
+        """Iterate over the batches of indices of this rank; each is drawn when it is asked for."""
         yield from [self._own(draw) for draw in self._begin_epoch()]
         while self._num_drawn < self.num_batches:
             yield self._own(self.draw())
@@ -176,7 +176,7 @@ class PrioritySampler(DistributedSampler[int]):
         return draw
 
     def take(self) -> Draw:
-        """What was drawn for the batch that has just arrived; in the order of the draws."""
+        """Return the draw of the batch that has just arrived; in the order of the draws."""
         if not self.pending:
             raise RuntimeError(
                 "Expected a batch to come from PrioritySampler, got one that it did not draw. Let one DataLoader use "
@@ -198,11 +198,11 @@ class PrioritySampler(DistributedSampler[int]):
         self.num_not_finite += self.table.update(indices, scores[:num])
 
     def probabilities(self, indices: Tensor | None = None) -> Tensor:
-        """With which these samples would be drawn now, or all of them, float64."""
+        """Return the probabilities with which these samples, or all, would be drawn now, float64."""
         return self.table.probabilities(indices)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores, position in the epoch, generator, and what was drawn and not taken; the same on all ranks."""
+        """Return scores, position in the epoch, generator and draws not taken yet; the same on all ranks."""
         return {
             **self.table.state_dict(),
             "epoch": self._drawn_epoch,
@@ -212,7 +212,7 @@ class PrioritySampler(DistributedSampler[int]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as :meth:`state_dict` says: first with what was drawn and not taken."""
+        """Restore the state; the first batches are those that were drawn and not taken."""
         self.table.load_state_dict(state)
         self._drawn_epoch, self._num_drawn = state["epoch"], state["num_drawn"]
         self.pending = deque(Draw(**draw) for draw in state["pending"])
@@ -220,7 +220,7 @@ class PrioritySampler(DistributedSampler[int]):
         self._resumes = True
 
     def _begin_epoch(self) -> list[Draw]:
-        """Prepare an epoch; returns what was drawn for it before an interruption."""
+        """Prepare an epoch, and return the draws that were made for it before an interruption."""
         resumes, self._resumes = self._resumes, False
         is_left = self.pending or self._num_drawn < self.num_batches
         self._permutation = self._permuted() if self.is_warming_up else None

@@ -28,7 +28,7 @@ UNKNOWN = -math.inf
 
 
 class PriorityTable:
-    """Turns scores into probabilities: by their size at once, or by their rank once per epoch.
+    """Turn scores into probabilities: by their size at once, or by their rank once per epoch.
 
     Args:
         num_samples: Size of the data set [N].
@@ -94,12 +94,12 @@ class PriorityTable:
         self._enter()
 
     def draw(self, num: int, generator: torch.Generator, stratified: bool) -> tuple[Tensor, Tensor]:
-        """Indices and their probabilities, in random order.
+        """Draw indices, in random order, with their probabilities.
 
         Args:
-            num: How many.
+            num: Number of draws.
             generator: Source of randomness.
-            stratified: Whether to draw one from each of equal parts of the probability.
+            stratified: Draw one sample from each of equal parts of the probability.
         """
         numbers = uniform_numbers(num, generator, stratified)
         mix, total, last = self._uniform_share, self.tree.total, self.num_samples - 1
@@ -121,7 +121,7 @@ class PriorityTable:
         return torch.from_numpy(indices), torch.from_numpy(probabilities)
 
     def probabilities(self, indices: Tensor | None = None) -> Tensor:
-        """With which these samples would be drawn now, or all of them, float64."""
+        """Return the probabilities with which these samples, or all, would be drawn now, float64."""
         values = self.tree.weights if indices is None else self.tree.get(indices)
         mix = self._uniform_share
         if mix == 1.0:
@@ -130,7 +130,7 @@ class PriorityTable:
 
     @property
     def smallest_probability(self) -> float:
-        """A lower bound: of the smallest value since the last rebuild."""
+        """A lower bound of all probabilities, from the smallest value since the last rebuild."""
         mix = self._uniform_share
         if mix == 1.0:
             return 1 / self.num_samples
@@ -138,18 +138,18 @@ class PriorityTable:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all samples have the same chance whatever their scores."""
+        """True if all samples have the same probability whatever their scores."""
         return self._uniform_share == 1.0 or (self.order == "proportional" and self.alpha == 0.0)
 
     def update(self, indices: Tensor, scores: Tensor) -> int:
         """Enter scores; of a sample that comes twice the last one counts.
 
         Args:
-            indices: Of the samples.
-            scores: Theirs; ``-inf`` keeps the old one, and what else is not finite becomes the largest known one.
+            indices: Numbers of the samples.
+            scores: Their scores; ``-inf`` keeps the old one; what else is not finite becomes the largest known one.
 
         Returns:
-            How many were neither finite nor ``-inf``.
+            The number of scores that were neither finite nor ``-inf``.
         """
         self.num_updates += 1
         at, new, num_bad = indices.numpy(), scores.float().numpy(), 0
@@ -171,11 +171,11 @@ class PriorityTable:
         return num_bad
 
     def ages(self, indices: Tensor) -> Tensor:
-        """Updates since the scores of these samples were measured; all updates where that never happened."""
+        """Return the updates since the scores were measured; all updates where that never happened."""
         return self.num_updates - self.measured_at[indices].clamp(min=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores in single precision, as they are measured, and what else the tree follows from."""
+        """Return the scores in single precision, as they are measured, and what else determines the tree."""
         state: dict[str, Any] = {
             "scores": self.scores.clone(),
             "measured_at": self.measured_at.clone(),
@@ -191,7 +191,7 @@ class PriorityTable:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as :meth:`state_dict` says, with the same tree to the last bit."""
+        """Restore the state, with the same tree to the last bit."""
         expect(
             len(state["scores"]) == self.num_samples,
             "dataset",

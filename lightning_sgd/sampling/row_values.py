@@ -102,13 +102,14 @@ def _matches_of_size(
 
 def _are_same(one: Mapping[Path, Any], other: Mapping[Path, Any]) -> bool:
     """Return whether two items are draws of the same sample, as far as their values tell."""
-    if not one or one.keys() != other.keys():
+    if one.keys() != other.keys():
         return False
     for path, value in one.items():
-        if value is other[path]:
+        its = other[path]
+        if value is its or (isinstance(value, str) and value == its):
             continue
-        mine, its = np.asarray(value), np.asarray(other[path])
-        if mine.shape != its.shape or not (mine == its).all():
+        mine, others = _array(value), _array(its)
+        if mine is None or others is None or not np.array_equal(mine, others):
             return False
     return True
 
@@ -165,7 +166,8 @@ def _matches(column: Any, values: Sequence[Any]) -> tuple[Matches | None, bool]:
 
 def _equal(rows: NDArray[Any], values: NDArray[Any]) -> Matches:
     # In the precision of the batch, to which a collate may have converted.
-    converted = np.nan_to_num(values.astype(rows.dtype)).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        converted = np.nan_to_num(values.astype(rows.dtype)).astype(np.float64)
     known = np.nan_to_num(rows).astype(np.float64)
     result: Matches = (known[:, None] == converted[None]).all(2)
     return result
@@ -177,6 +179,8 @@ def _array(value: Any) -> NDArray[Any] | None:
             return None
         plain = value.detach().cpu()
         return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+    if not isinstance(value, (list, np.ndarray)) and not _is_number(value):
+        return None
     array = np.asarray(value)
     return array if array.dtype.kind in "biuf" else None
 

@@ -21,10 +21,10 @@ SelectionRule: TypeAlias = Literal["quantile", "percentile", "top"]
 
 
 class Selection(ABC):
-    """Chooses rows of a batch by their scores; all ranks at the same time, each among its own."""
+    """Choose rows of a batch by their scores; all ranks at the same time, each among its own."""
 
     draws_uniformly: bool
-    """Whether batches are drawn independently of each other, not as permutations."""
+    """True if batches are drawn independently of each other, not as permutations."""
 
     @abstractmethod
     def prepare(self, batch_size: int) -> None:
@@ -37,11 +37,11 @@ class Selection(ABC):
     @property
     @abstractmethod
     def num_candidates(self) -> int:
-        """Samples per rank that the next batches shall have."""
+        """The number of samples per rank of the next batches."""
 
     @abstractmethod
     def is_due(self, progress: float, step: int, num_rows: int) -> bool:
-        """Whether to choose among the rows of this batch.
+        """Decide if rows of this batch are chosen.
 
         Args:
             progress: Share of the training that is done.
@@ -51,7 +51,7 @@ class Selection(ABC):
 
     @abstractmethod
     def choose(self, scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Numbers of rows to train on, and the weights of their losses, if they have any.
+        """Return the numbers of the rows to train on, and the weights of their losses, if they have any.
 
         Args:
             scores: Of all rows of this rank.
@@ -63,20 +63,20 @@ class Selection(ABC):
         """Learn from the scores of the rows of all ranks.
 
         Args:
-            scores: Those that are known.
+            scores: The known ones.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """What is chosen and when, as a part of a sentence."""
+        """Describe what is chosen and when, as a part of a sentence."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What was learnt: tensors, numbers, strings, lists, dictionaries."""
+        """Return what was learnt: tensors, numbers, strings, lists, dictionaries."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what was learnt.
+        """Restore what was learnt.
 
         Args:
             state: From :meth:`state_dict`.
@@ -84,7 +84,7 @@ class Selection(ABC):
 
 
 class Presampling(Selection):
-    r"""Draws several times as many candidates, and trains on a batch of them by importance, while that pays.
+    r"""Draw several times as many candidates, and train on a batch of them by importance, while that pays.
 
     Katharopoulos and Fleuret's rule: B = ``factor`` · b uniform candidates, scores s by a forward pass without
     gradients, :math:`\gamma = s/\sum s`, b of the candidates drawn with replacement by γ, weights
@@ -127,38 +127,38 @@ class Presampling(Selection):
         self.num_on = self.num_steps = 0
 
     def prepare(self, batch_size: int) -> None:
-        """Begin switched off."""
+        """Start with the rule switched off."""
         self.batch_size, self.gain = batch_size, 0.0
         self.num_on = self.num_steps = 0
 
     def threshold_for(self, batch_size: int) -> float:
-        """The gain from which it is on."""
+        """Return the gain above which the rule is on."""
         if self.threshold is not None:
             return self.threshold
         return presample_threshold(self._num(batch_size), batch_size)
 
     @property
     def is_on(self) -> bool:
-        """Whether the gain is above the threshold."""
+        """True if the gain is above the threshold."""
         return self.gain > self.threshold_for(self.batch_size)
 
     @property
     def num_candidates(self) -> int:
-        """B while it is on, else b."""
+        """The number B of candidates while the rule is on, else the batch size b."""
         return self._num(self.batch_size) if self.is_on else self.batch_size
 
     def is_due(self, progress: float, step: int, num_rows: int) -> bool:
-        """When it is on, and the batch was drawn for it: workers may have prefetched others."""
+        """Choose while the rule is on, from batches that were drawn for it: workers may have prefetched others."""
         return self.is_on and num_rows > self.batch_size
 
     def choose(self, scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
-        """By importance."""
+        """Draw rows in proportion to their scores."""
         self.num_on += 1
         rows, weights = draw_rows(scores.clamp(min=0), numbers[: self.batch_size])
         return rows, weights.float()
 
     def observe(self, scores: Tensor) -> None:
-        """Average the gain."""
+        """Update the average of the gain."""
         self.num_steps += 1
         if len(scores):
             self.gain = self.decay * self.gain + (1 - self.decay) * batch_size_gain(
@@ -166,18 +166,18 @@ class Presampling(Selection):
             )
 
     def describe(self) -> str:
-        """Candidates and threshold."""
+        """Name the number of candidates and the threshold."""
         return (
             f"{self._num(self.batch_size)} candidates per rank for batches of {self.batch_size} while their gain is "
             f"above {self.threshold_for(self.batch_size):.3g}"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The gain, and how often it was on."""
+        """Return the gain, and how often the rule was on."""
         return {"gain": self.gain, "num_on": self.num_on, "num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore the gain."""
         self.gain, self.num_on, self.num_steps = state["gain"], state["num_on"], state["num_steps"]
 
     def _num(self, batch_size: int) -> int:
@@ -185,7 +185,7 @@ class Presampling(Selection):
 
 
 class InBatchSelection(Selection):
-    """Trains on a part of each batch, the one that is harder: saves backward passes, and is biased.
+    """Train on the harder part of each batch, which saves backward passes and is biased.
 
     ``quantile``, Composer's variant, draws ⌊keep · n⌋ rows without replacement with weights q^(1/keep − 1) of the
     quantile q of the score in the batch; ``percentile``, Selective-Backprop, keeps each row with probability
@@ -246,7 +246,7 @@ class InBatchSelection(Selection):
         self.history = torch.zeros(0)
 
     def prepare(self, batch_size: int) -> None:
-        """Begin without history."""
+        """Start without history."""
         self.batch_size, self.history = batch_size, torch.zeros(0)
 
     @property
@@ -255,13 +255,13 @@ class InBatchSelection(Selection):
         return self.batch_size
 
     def is_due(self, progress: float, step: int, num_rows: int) -> bool:
-        """Between start and end, but for every ``interrupt``-th batch."""
+        """Choose between start and end, except in every ``interrupt``-th batch."""
         is_whole = self.interrupt > 0 and (step + 1) % self.interrupt == 0
         is_on = self.start <= progress and (progress < self.end or self.end == 1.0)
         return is_on and not is_whole
 
     def choose(self, scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
-        """By the rule."""
+        """Choose by the rule."""
         if self.rule == "top":
             return keep_largest(scores, self.keep), None
         if self.rule == "quantile":
@@ -270,20 +270,20 @@ class InBatchSelection(Selection):
         return keep_by_percentile(scores, history, 1 / self.keep - 1, self.floor, numbers), None
 
     def observe(self, scores: Tensor) -> None:
-        """Remember them."""
+        """Add the scores to the history."""
         if self.rule == "percentile":
             self.history = torch.cat([self.history, scores])[-self.num_history :]
 
     def describe(self) -> str:
-        """Share, rule and time."""
+        """Name the share, the rule and the time."""
         but = f", but for every {self.interrupt}. batch" if self.interrupt else ""
         when = f"from {self.start:.0%} to {self.end:.0%} of the training{but}"
         return f"{self.keep:.0%} of each batch by {self.rule}, {when}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The history."""
+        """Return the history."""
         return {"history": self.history.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the history."""
+        """Restore the history."""
         self.history = state["history"].clone()

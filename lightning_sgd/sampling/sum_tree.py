@@ -16,7 +16,7 @@ Indices: TypeAlias = NDArray[np.int64]
 
 
 class SumTree:
-    r"""Draws indices in proportion to weights that may change between draws, in a time that hardly grows with them.
+    r"""Draw indices in proportion to weights that may change between draws, in a time that hardly grows with them.
 
     A binary heap of sums in double precision: node k holds the sum of nodes 2k and 2k + 1, the leaves hold the
     weights. The top ``num_top`` sums are searched at once by their running sums, the levels below one by one for all
@@ -62,7 +62,7 @@ class SumTree:
 
     @property
     def total(self) -> float:
-        """Sum of all weights [V]."""
+        """The sum of all weights [V]."""
         return float(self._running_sums()[-1])
 
     @property
@@ -71,7 +71,7 @@ class SumTree:
         return torch.from_numpy(self._leaves)
 
     def get(self, indices: Tensor) -> Tensor:
-        """Weights of these leaves, float64."""
+        """Return the weights of these leaves, float64."""
         return torch.from_numpy(self._leaves[_indices(indices)])
 
     def set(self, indices: Tensor, weights: Tensor) -> None:
@@ -92,10 +92,10 @@ class SumTree:
         self.set_array(where, new)
 
     def set_array(self, indices: Indices, weights: Floats) -> None:
-        """As :meth:`set`, for NumPy arrays that need no check.
+        """Set weights as :meth:`set` does, from NumPy arrays that need no check.
 
         Args:
-            indices: Leaves.
+            indices: Numbers of leaves.
             weights: Their weights.
         """
         nodes = indices + self._capacity
@@ -128,7 +128,7 @@ class SumTree:
         self._running = None
 
     def find(self, masses: Tensor) -> Tensor:
-        """The leaf to which each mass in [0, V) belongs; masses beyond the ends belong to the leaves there."""
+        """Find the leaf of each mass in [0, V); masses beyond the ends belong to the leaves there."""
         return torch.from_numpy(self.find_array(_floats(masses)))
 
     def sample(
@@ -137,7 +137,7 @@ class SumTree:
         """Draw with replacement.
 
         Args:
-            num: How many.
+            num: Number of draws.
             generator: Source of randomness.
             stratified: Draw one from each of ``num`` equal parts of the mass, in order, which lowers the variance of
                 sums over the draws.
@@ -150,7 +150,7 @@ class SumTree:
         return torch.from_numpy(indices), torch.from_numpy(self._leaves[indices] / self.total)
 
     def find_array(self, masses: Floats) -> Indices:
-        """As :meth:`find`, for a NumPy array.
+        """Find leaves as :meth:`find` does, for a NumPy array.
 
         Args:
             masses: In [0, V).
@@ -187,7 +187,7 @@ class SumTree:
 
 
 def uniform_numbers(num: int, generator: torch.Generator, stratified: bool) -> Floats:
-    """Numbers in [0, 1), float64; if ``stratified`` one from each of ``num`` equal parts, in order."""
+    """Draw numbers in [0, 1), float64; if ``stratified`` one from each of ``num`` equal parts, in order."""
     numbers: Floats = torch.rand(num, generator=generator, dtype=torch.float64).numpy()
     return (numbers + np.arange(num)) / num if stratified else numbers
 

@@ -267,6 +267,29 @@ def test_samples_that_share_their_tensors_are_told_apart_where_it_matters():
     assert [items[position][1] for position in order] == [2.0, 0.0, 1.0, 0.0]
 
 
+class Graph:
+    """A sample that is an object of its own."""
+
+    def __init__(self, number):
+        self.x, self.number = torch.rand(number + 1, 2, generator=G), number
+
+
+def test_objects_that_are_drawn_twice_keep_their_samples():
+    graphs = [Graph(number) for number in range(3)]
+    items = [graphs[i] for i in (0, 1, 0, 2)]
+    joined = FollowedCollate(lambda each: torch.cat([graph.x for graph in each[::-1]]))(items)
+    order = joined.rows.of_rows(torch.arange(4)).tolist()
+    assert [items[position].number for position in order] == [2, 0, 1, 0]
+
+
+def test_values_that_no_number_type_holds_are_compared_without_warnings():
+    items = [{"x": np.array([float("nan"), 1e300, i]), "text": "a"} for i in range(4)]
+    half = FollowedCollate(lambda each: {"x": torch.tensor(np.stack([e["x"] for e in each])).int()})
+    rows = half(items).rows
+    assert rows.order is None
+    assert not rows.problem
+
+
 def test_the_collate_sees_what_it_always_sees():
     items = tensor_items()
     seen = []

@@ -1,4 +1,4 @@
-"""Which samples of a batch are worth a backward pass: rows in, rows out."""
+"""Choose the samples of a batch that are worth a backward pass: from rows to rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def percentiles(losses: Tensor, history: Tensor) -> Tensor:
-    """Share of the history that is strictly below each loss.
+    """Compute the share of the history that is strictly below each loss.
 
     Args:
         losses: Of shape (n,).
@@ -24,7 +24,7 @@ def percentiles(losses: Tensor, history: Tensor) -> Tensor:
 def keep_by_percentile(
     losses: Tensor, history: Tensor, exponent: float, floor: float, numbers: Tensor
 ) -> Tensor:
-    """Selective-Backprop: each row is kept with probability max(floor, percentile^exponent); at least one is.
+    """Keep each row with probability max(floor, percentile^exponent), as Selective-Backprop; keep at least one.
 
     Args:
         losses: Of shape (n,).
@@ -42,7 +42,7 @@ def keep_by_percentile(
 
 
 def keep_by_quantile(losses: Tensor, keep: float, numbers: Tensor) -> Tensor:
-    """Composer's variant: ⌊keep · n⌋ rows without replacement, with weights q^(1/keep − 1) of the loss's quantile q.
+    """Draw ⌊keep · n⌋ rows without replacement, with weights q^(1/keep − 1) of the loss's quantile q, as Composer.
 
     Drawn by exponential clocks, the first of which has the law of a draw in proportion to weights, and so on.
 
@@ -62,7 +62,7 @@ def keep_by_quantile(losses: Tensor, keep: float, numbers: Tensor) -> Tensor:
 
 
 def keep_largest(scores: Tensor, keep: float) -> Tensor:
-    """The ⌊keep · n⌋ rows with the largest scores, at least one, in order."""
+    """Keep the ⌊keep · n⌋ rows with the largest scores, at least one, in order."""
     return scores.topk(num_kept(len(scores), keep)).indices.sort().values
 
 

@@ -22,7 +22,7 @@ WeightNorm: TypeAlias = Literal["none", "mean", "max"]
 
 
 def mixed_probabilities(values: Tensor, uniform_mix: float) -> Tensor:
-    """Probabilities in proportion to values, mixed with the uniform ones; uniform where all values are 0.
+    """Compute probabilities in proportion to values, mixed with the uniform ones; uniform where all values are 0.
 
     Args:
         values: One for each sample [v], ≥ 0.
@@ -39,7 +39,7 @@ def mixed_probabilities(values: Tensor, uniform_mix: float) -> Tensor:
 
 
 def importance_weights(probabilities: Tensor, num_samples: int, beta: float) -> Tensor:
-    """Weights of the losses of drawn samples.
+    """Compute the weights of the losses of drawn samples.
 
     Args:
         probabilities: With which each was drawn [p].
@@ -54,7 +54,7 @@ def importance_weights(probabilities: Tensor, num_samples: int, beta: float) -> 
 
 
 def normalized_weights(weights: Tensor, norm: WeightNorm, largest: float) -> Tensor:
-    """Weights divided by the largest possible one, or by their mean; both make the gradient biased.
+    """Divide weights by the largest possible one, or by their mean; both make the gradient biased.
 
     Args:
         weights: Of the samples of a batch [w].
@@ -67,7 +67,7 @@ def normalized_weights(weights: Tensor, norm: WeightNorm, largest: float) -> Ten
 
 
 def priority_values(scores: Tensor, offset: float, alpha: float) -> Tensor:
-    """What a sum tree holds for scores: (s + ε)^α, float64.
+    """Compute the values that a sum tree holds for scores: (s + ε)^α, float64.
 
     Args:
         scores: ≥ 0 [s].
@@ -78,7 +78,7 @@ def priority_values(scores: Tensor, offset: float, alpha: float) -> Tensor:
 
 
 def effective_sample_size(weights: Tensor) -> float:
-    """Number of equally weighted samples that are worth as much as these.
+    """Compute the number of equally weighted samples that give the same variance.
 
     Example:
         >>> round(effective_sample_size(torch.tensor([1.0, 1.0, 1.0, 5.0])), 6)
@@ -103,7 +103,7 @@ def batch_size_gain(scores: Tensor) -> float:
 
 
 def presample_threshold(num_candidates: int, batch_size: int) -> float:
-    """The gain from which looking at all candidates pays: a forward pass costs one, a backward pass two.
+    """Compute the gain above which presampling pays: a forward pass costs one, a backward pass two.
 
     Args:
         num_candidates: Samples that are looked at [B].
@@ -134,7 +134,7 @@ def gradient_variance(norms: Tensor, probabilities: Tensor, mean_norm: float) ->
 
 
 def decayed_scores(scores: Tensor, ages: Tensor, half_life: float) -> Tensor:
-    """Scores that move towards their mean as they get older.
+    """Move scores towards their mean as they get older.
 
     Args:
         scores: Of all samples [s].
@@ -164,7 +164,7 @@ def rank_values(scores: Tensor, pressure: float) -> Tensor:
 
 
 def geometric_ranks(numbers: Tensor, num_samples: int, pressure: float) -> Tensor:
-    """Ranks drawn from the law of :func:`rank_values` in closed form, without a table.
+    """Draw ranks from the distribution of :func:`rank_values` in closed form, without a table.
 
     Args:
         numbers: Uniform in [0, 1).
@@ -179,7 +179,7 @@ def geometric_ranks(numbers: Tensor, num_samples: int, pressure: float) -> Tenso
 
 
 def annealed(start: float, end: float, progress: float, geometric: bool = False) -> float:
-    """Between ``start`` at progress 0 and ``end`` at progress 1, in equal steps or by equal factors.
+    """Interpolate between ``start`` at progress 0 and ``end`` at 1, in equal steps or by equal factors.
 
     Example:
         >>> annealed(0.4, 1.0, 0.5), annealed(100.0, 1.0, 0.5, geometric=True)

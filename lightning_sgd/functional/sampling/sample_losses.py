@@ -1,4 +1,4 @@
-"""The losses of ``torch.nn.functional`` once more, sample by sample: losses, masses, scores and weighted reductions."""
+"""Losses of ``torch.nn.functional`` sample by sample: losses, masses, scores and weighted reductions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LossFunction: TypeAlias = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LossRule:
-    """What has to be known about a loss function to take it apart.
+    """The properties of a loss function that are needed to compute it by sample.
 
     Attributes:
         arguments: Names of its arguments, in order, without the outdated ones.
@@ -44,7 +44,7 @@ class SampleLosses:
     masses: Tensor | None = None
 
     def reduced(self, weights: Tensor, reduction: str) -> Tensor:
-        """Weighted sum or mean.
+        """Compute the weighted sum or mean.
 
         Where masses differ, as by class weights or masked positions, the weighted mean is a ratio as torch's own mean
         is, with a bias of the order of one over the batch size; where they are all 1 it is divided by their number.
@@ -67,12 +67,12 @@ class SampleLosses:
 
 
 def bound(rule: LossRule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name."""
+    """Return the arguments by name."""
     return {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
 
 
 def sample_losses(function: LossFunction, rule: LossRule, arguments: Arguments) -> SampleLosses:
-    """Take a loss apart.
+    """Compute a loss sample by sample.
 
     Args:
         function: From ``torch.nn.functional``.
@@ -91,7 +91,7 @@ def sample_losses(function: LossFunction, rule: LossRule, arguments: Arguments) 
 
 
 def sample_scores(function: LossFunction, rule: LossRule, arguments: Arguments) -> Tensor:
-    """Norm of the gradient of each sample's loss with respect to its row of the input; no graph is needed or made.
+    """Compute the norm of each loss's gradient with respect to its row of the input; no graph is needed.
 
     Args:
         function: From ``torch.nn.functional``.
@@ -110,7 +110,7 @@ def sample_scores(function: LossFunction, rule: LossRule, arguments: Arguments) 
 
 
 def all_alike(arguments: Arguments) -> bool:
-    """Whether every sample is seen to count as one, by its class alone, without a wait for a GPU.
+    """Return whether every sample is known to have mass one, without a wait for a GPU.
 
     Args:
         arguments: Of a cross-entropy.
@@ -126,7 +126,7 @@ def all_alike(arguments: Arguments) -> bool:
 
 
 def classes_of(arguments: Arguments) -> Tensor | None:
-    """The class of each sample, where the target is one."""
+    """Return the class of each sample, where the target is one."""
     target = arguments.get("target")
     is_class = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
     return target if is_class else None
@@ -199,6 +199,6 @@ RULES: dict[LossFunction, LossRule] = {
     functional.gaussian_nll_loss: LossRule((*_PLAIN, "var")),
     functional.poisson_nll_loss: LossRule(_PLAIN),
 }
-"""The loss functions that can be taken apart."""
+"""The loss functions that can be computed by sample."""
 
 NAMES = ", ".join(function.__name__ for function in RULES)

@@ -43,7 +43,7 @@ def nll_score(
     weight: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The same for ``nll_loss``, whose input is taken for a log-softmax."""
+    """Compute the score of ``nll_loss``, whose input is taken for a log-softmax."""
     return _row_norms(_pull(log_probabilities.float().exp(), target, weight, ignore_index, 0.0))
 
 
@@ -86,7 +86,7 @@ def output_gradient_score(losses: Tensor, outputs: Tensor) -> Tensor:
 
 
 def last_layer_score(output_score: Tensor, inputs: Tensor, has_bias: bool) -> Tensor:
-    """Norm of the gradient of a last linear layer: the score of its outputs times √(‖h‖² + 1), or ‖h‖ without bias.
+    """Multiply the score of outputs by √(‖h‖² + 1), or ‖h‖ without bias: the gradient norm of a last linear layer.
 
     Args:
         output_score: ‖∂ℓ_i/∂z_i‖, of shape (b,).
@@ -142,7 +142,7 @@ def _pull(
 
 
 def _has_no_holes(target: Tensor, ignore_index: int) -> bool:
-    """Whether that is seen at once, without a wait for a GPU."""
+    """Return whether that is known at once, without a wait for a GPU."""
     is_simple = target.ndim == 1 and ignore_index < 0 and target.device.type == "cpu"
     return is_simple and int(target.numpy().min()) >= 0
 
