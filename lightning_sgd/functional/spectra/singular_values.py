@@ -175,15 +175,14 @@ def smallest_resolved(method: str, dtype: torch.dtype) -> float:
 
 def _validate(method: str, max_batch_elements: int, sketch_size: int) -> None:
     methods = get_args(SpectrumMethod)
-    expect(method in methods, "method", f"one of {methods}", method, "The default is 'auto'.")
-    expect(
-        max_batch_elements >= 1,
-        "max_batch_elements",
-        "at least 1",
-        max_batch_elements,
-        "The default is 2**24.",
-    )
-    expect(sketch_size >= 1, "sketch_size", "at least 1", sketch_size, "The default is 64.")
+    if method not in methods:
+        expect(False, "method", f"one of {methods}", method, "The default is 'auto'.")
+    for name, value, default in (
+        ("max_batch_elements", max_batch_elements, "2**24"),
+        ("sketch_size", sketch_size, "64"),
+    ):
+        if value < 1:
+            expect(False, name, "at least 1", value, f"The default is {default}.")
 
 
 def _svdvals(matrices: Tensor) -> Tensor:
