@@ -25,7 +25,12 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from lightning_sgd import CriticalBatchSizeMonitor
+from lightning_sgd import (
+    CriticalBatchSizeMonitor,
+    GradientErrorMonitor,
+    TailIndexMonitor,
+    TrajectoryRegularization,
+)
 from lightning_sgd.callbacks._monitoring.module_state import module_state_kept
 
 pytestmark = [
@@ -349,3 +354,72 @@ def test_a_module_with_an_iterator_is_not_measured(tmp_path, caplog):
     reason = "the module holds a generator, which an extra pass would advance for good"
     assert f"nothing can be measured, because {reason}" in caplog.text
     assert next(module.stream) == 8
+
+
+# Parameters that are not plain tensors of real numbers
+
+
+class Filter(Classifier):
+    """Multiplies the spectrum by a complex parameter, or by a real one of twice the size."""
+
+    def __init__(self, is_complex):
+        torch.manual_seed(0)
+        super().__init__()
+        start = torch.randn(5, 2)
+        self.spectrum = nn.Parameter(torch.view_as_complex(start) if is_complex else start)
+
+    def training_step(self, batch, batch_idx):
+        spectrum = self.spectrum
+        if not spectrum.is_complex():
+            spectrum = torch.view_as_complex(spectrum)
+        x = torch.fft.irfft(torch.fft.rfft(batch[0]) * spectrum, n=8)
+        return super().training_step((x, batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize(
+    "monitor",
+    [
+        lambda: watch(num_batches=4, log_layers=True),
+        lambda: watch(source="microbatches", log_layers=True),
+        lambda: TailIndexMonitor(
+            num_batches=32, every_n_steps=4, max_overhead=None, save_figure=False
+        ),
+        lambda: GradientErrorMonitor("int8", every_n_steps=1, max_overhead=None),
+        lambda: GradientErrorMonitor("topk", 0.3, every_n_steps=1, max_overhead=None),
+    ],
+)
+def test_a_complex_parameter_is_measured_as_its_real_and_imaginary_parts(tmp_path, monitor):
+    def run(is_complex):
+        module = Filter(is_complex)
+        run = train(tmp_path, module, plain(), monitor(), accumulate_grad_batches=2)
+        return {key: value.item() for key, value in run.callback_metrics.items()}
+
+    found, expected = run(True), run(False)
+    assert len(found) >= 4
+    assert found == pytest.approx(expected, rel=1e-3, nan_ok=True)
+
+
+class Lazy(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(4))
+
+
+@pytest.mark.parametrize(
+    ("callback", "sentence"),
+    [
+        (watch, "lazy modules have no weights before the first batch; looks begin after it"),
+        (GradientErrorMonitor, "4 tensors, some without a shape before the first batch"),
+        (TrajectoryRegularization, "as many bytes as the parameters will have for the anchors"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.filterwarnings("ignore:.*UninitializedParameter")
+@pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate")
+def test_lazy_modules_are_measured_after_their_first_batch(tmp_path, caplog, callback, sentence):
+    made = callback()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        assert train(tmp_path, Lazy(), plain(), made).state.finished
+    assert sentence in caplog.text
+    if callback is watch:
+        assert made.times == [4, 8, 12, 16]

@@ -18,6 +18,14 @@ from support.training import Regression, batches, trainer
 from lightning_sgd import MaSS, RankMonitor
 from lightning_sgd.callbacks._monitoring.monitor import Monitor
 from lightning_sgd.callbacks.rank_monitor.heat_map import MAX_LABELS, draw_heat_map
+from lightning_sgd.functional.spectra import (
+    gram,
+    norms,
+    rank_measures,
+    singular_values,
+    spectral_stats,
+)
+from lightning_sgd.functional.spectra.spectral_stats import SpectralMeasures
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5, weight_decay=0.05)
 
@@ -399,3 +407,18 @@ def test_windows_hold_the_steps_and_norms_between_looks(tmp_path):
             step = np.array([[1 - lr * 0.05, -lr * 0.5], [0.05, 0.5]])
             product = step @ product
         np.testing.assert_allclose(np.array(window.transfer).reshape(2, 2), product, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["gram", "svd", "cheap"])
+def test_a_look_at_good_matrices_builds_no_error_sentences(monkeypatch, method):
+    measures = ["stable_rank", "participation_ratio"]
+    if method != "cheap":
+        measures += ["rank", "hard_rank", "energy_rank", "effective_rank"]
+    matrices = [torch.randn(8, 12), torch.randn(9, 5)]
+    of = SpectralMeasures(measures=measures, method="auto" if method == "gram" else method).of
+    visits = []
+    for module in (gram, norms, rank_measures, singular_values, spectral_stats):
+        if hasattr(module, "expect"):
+            monkeypatch.setattr(module, "expect", lambda *args: visits.append(args))
+    of(matrices)
+    assert visits == []

@@ -273,7 +273,7 @@ def test_looking_at_the_data_in_a_resumed_epoch_shows_all_of_it(tmp_path, record
         ({"num_workers": -1}, "Expected `num_workers` to be at least 0, got -1"),
         ({"label_noise": 1.1}, r"Expected `label_noise` to be in \[0, 1\], got 1.1"),
         ({"partition_skew": -0.1}, r"Expected `partition_skew` to be in \[0, 1\], got -0.1"),
-        ({"batch_format": "list"}, "Expected `batch_format` to be 'tuple' or 'dict', got 'list'"),
+        ({"batch_format": "list"}, "Expected `batch_format` to be one of tuple, dict, got 'list'"),
     ],
 )
 def test_bad_arguments_are_named(settings, message):

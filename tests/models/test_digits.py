@@ -214,7 +214,7 @@ def test_the_optimizer_comes_from_the_config(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architecture": "rnn"}, "Expected `architecture` to be 'mlp' or 'cnn', got 'rnn'"),
+        ({"architecture": "rnn"}, "Expected `architecture` to be one of mlp, cnn, got 'rnn'"),
         (
             {"hidden_sizes": [16, 0]},
             r"Expected `hidden_sizes` to be positive numbers, got \[16, 0\]",

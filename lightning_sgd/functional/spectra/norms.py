@@ -86,7 +86,8 @@ def schatten_norms(
         >>> [round(norm.item(), 4) for norm in norms]
         [5.0, 4.2846, 4.0]
     """
-    expect(num_steps >= 1, "num_steps", "at least 1", num_steps, "The default is 32.")
+    if num_steps < 1:
+        expect(False, "num_steps", "at least 1", num_steps, "The default is 32.")
     queue = GramQueue(lambda grams: _norms_of_grams(grams, num_steps), max_batch_elements)
     scales: list[Tensor] = []
     with full_precision():

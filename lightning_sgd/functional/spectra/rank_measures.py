@@ -36,9 +36,8 @@ def threshold_rank(
         >>> threshold_rank(torch.tensor([2.0, 1.0, 1.0]), tol=0.409)
         tensor(1.)
     """
-    expect(
-        norm in ("fro", "spectral"), "norm", "'fro' or 'spectral'", norm, "The paper uses 'fro'."
-    )
+    if norm not in ("fro", "spectral"):
+        expect(False, "norm", "'fro' or 'spectral'", norm, "The paper uses 'fro'.")
     ratios = _relative(singular_values)
     unit = ratios.square().sum(dim=-1).sqrt() if norm == "fro" else ratios.amax(dim=-1)
     return _count(ratios > (tol * unit)[..., None], ratios)
@@ -85,7 +84,8 @@ def energy_rank(singular_values: Tensor, eta: float = 0.99) -> Tensor:
         >>> energy_rank(torch.tensor([2.0, 1.0, 1.0]), eta=0.6)
         tensor(1.)
     """
-    expect(0 < eta <= 1, "eta", "in (0, 1]", eta, "Common choices are 0.9 and 0.99.")
+    if not 0 < eta <= 1:
+        expect(False, "eta", "in (0, 1]", eta, "Common choices are 0.9 and 0.99.")
     ratios = _relative(singular_values).sort(dim=-1, descending=True).values
     energy = ratios.square().cumsum(dim=-1)
     # The last partial sum and not a sum of its own: for eta = 1 both must agree to the last bit.
@@ -125,7 +125,8 @@ def effective_rank(singular_values: Tensor, power: int = 1) -> Tensor:
     Reference:
         Olivier Roy, Martin Vetterli. The effective rank: A measure of effective dimensionality. EUSIPCO, 2007.
     """
-    expect(power in (1, 2), "power", "1 or 2", power, "1 is the definition of Roy and Vetterli.")
+    if power not in (1, 2):
+        expect(False, "power", "1 or 2", power, "1 is the definition of Roy and Vetterli.")
     weights = _relative(singular_values) ** power
     total = weights.sum(dim=-1)
     # `xlogy` has 0·log 0 = 0; only a spectrum of zeros needs a denominator.

@@ -177,14 +177,12 @@ def smallest_resolved(method: str, dtype: torch.dtype) -> float:
 
 def _validate(method: str, max_batch_elements: int, sketch_size: int) -> None:
     expect_one_of(method, SpectrumMethod, "method", "The default is 'auto'.")
-    expect(
-        max_batch_elements >= 1,
-        "max_batch_elements",
-        "at least 1",
-        max_batch_elements,
-        "The default is 2**24.",
-    )
-    expect(sketch_size >= 1, "sketch_size", "at least 1", sketch_size, "The default is 64.")
+    for name, value, default in (
+        ("max_batch_elements", max_batch_elements, "2**24"),
+        ("sketch_size", sketch_size, "64"),
+    ):
+        if value < 1:
+            expect(False, name, "at least 1", value, f"The default is {default}.")
 
 
 def _svdvals(matrices: Tensor) -> Tensor:

@@ -134,8 +134,9 @@ class SpectralMeasures:
     def _watch(self, matrices: Iterable[Tensor], limits: list[Tensor]) -> Iterator[Tensor]:
         """Pass the matrices on, and collect the rounding limits that ``hard_rank`` needs."""
         for matrix in matrices:
-            shape = tuple(matrix.shape)
-            expect(matrix.ndim == 2, "matrices", "two-dimensional", shape, "Use `flatten(1)`.")
+            if matrix.ndim != 2:
+                shape = tuple(matrix.shape)
+                expect(False, "matrices", "two-dimensional", shape, "Use `flatten(1)`.")
             if "hard_rank" in self.measures:
                 limits.append(_rounding_limit(matrix))
             yield matrix
