@@ -146,6 +146,9 @@ def examine_config(file: str) -> Iterator[Finding]:
     except UsageError as error:
         yield Finding("problem", "config", str(error))
         return
+    except UnicodeDecodeError as error:
+        yield Finding("problem", "config", f"{file} is not UTF-8 text: {error}")
+        return
     yield Finding("ok", "config", f"{file} builds a {type(built.model).__name__}")
     yield _about_loader(built)
     yield about_strategy(built.trainer)
@@ -183,7 +186,8 @@ def _about_loader(built: CommandLine) -> Finding:
             built.datamodule.prepare_data()
             built.datamodule.setup("fit")
         loaders = CombinedLoader(source.train_dataloader()).flattened
-    except Exception as error:  # code of the user: whatever it raises is the finding
+    # Code of the user: whatever it raises is the finding, also `sys.exit`.
+    except (Exception, SystemExit) as error:
         text = (
             f"`train_dataloader` of {type(source).__name__} fails: {type(error).__name__}: {error}"
         )

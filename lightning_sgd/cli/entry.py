@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn, get_args
 
 from lightning_sgd.catalogue import Kind
@@ -37,6 +38,10 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With code 2 after a mistake of the user, told in one line on stderr; with code 0 after ``--help``.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if args is None and "" not in sys.path:
+        # So that a config finds the user's own modules, as `python -m lightning_sgd` does; last, so that no file of the
+        # working directory hides a library.
+        sys.path.append(str(Path.cwd()))
     try:
         if _command(words) in TRAINING_COMMANDS:
             from lightning_sgd.cli.training import CommandLine

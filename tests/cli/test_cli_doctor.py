@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import yaml
 from lightning.pytorch import Trainer
 
 from lightning_sgd import ByzantineStrategy, GossipPGAStrategy, LocalSGDStrategy
+from lightning_sgd.cli import main
 from lightning_sgd.cli.doctor import about_lightning, about_shared_memory, about_strategy
 
 DIGITS = {"class_path": "DigitsDataModule"}
@@ -162,3 +164,46 @@ def test_more_processes_than_cores_are_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", devices=4, logger=False)
     assert about_strategy(trainer).level == "warning"
+
+
+OWN_MODULE = """
+import sys
+from lightning.pytorch import LightningDataModule
+from lightning_sgd import DigitsClassifier
+
+class Own(DigitsClassifier):
+    pass
+
+class Leaves(LightningDataModule):
+    def prepare_data(self):
+        sys.exit(0)
+"""
+
+
+def test_classes_in_the_working_directory_are_found(config, tmp_path, monkeypatch, capsys):
+    # The console script does not have it on the path, other than `python -m`.
+    (tmp_path / "module_of_mine.py").write_text(OWN_MODULE)
+    file = config(model={"class_path": "module_of_mine.Own"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(sys, "argv", ["lightning-sgd", "doctor", "--config", str(file)])
+    main()
+    assert f"{file} builds a Own" in capsys.readouterr().out
+
+
+def test_a_config_that_is_no_text_is_a_problem(doctor, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"\xff\xfe\x00caf\xe9: 1\n")
+    found, code = doctor("--config", file)
+    assert found["config"][0] == "problem"
+    assert "not UTF-8" in found["config"][1]
+    assert code == 1
+
+
+def test_a_data_module_that_leaves_python_is_a_problem(doctor, config, tmp_path, monkeypatch):
+    (tmp_path / "data_that_leaves.py").write_text(OWN_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    found, code = doctor("--config", config(data={"class_path": "data_that_leaves.Leaves"}))
+    assert found["data"][0] == "problem"
+    assert "SystemExit" in found["data"][1]
+    assert code == 1
