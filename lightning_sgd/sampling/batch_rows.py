@@ -77,6 +77,9 @@ class FollowedCollate:
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
+        # Workers prefetch while the loader's own function is wrapped, and the first draw may measure all scores by it.
+        if isinstance(collate, FollowedCollate):
+            collate = collate.collate
         self.collate = collate
 
     def __call__(self, items: Any) -> FollowedBatch:
