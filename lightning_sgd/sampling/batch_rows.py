@@ -78,9 +78,10 @@ class FollowedCollate:
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         # Workers prefetch while the loader's own function is wrapped, and the first draw may measure all scores by it.
-        if isinstance(collate, FollowedCollate):
-            collate = collate.collate
-        self.collate = collate
+        inner: Any = collate
+        self.collate: Callable[[Any], Any] = (
+            inner.collate if isinstance(inner, FollowedCollate) else inner
+        )
 
     def __call__(self, items: Any) -> FollowedBatch:
         """Collate items that a data set returned for the indices of a batch."""
