@@ -78,6 +78,9 @@ def _clean_environment():
     """Launchers leave MASTER_PORT and the like behind; threads and default types may be changed too."""
     environment, threads = dict(os.environ), torch.get_num_threads()
     yield
+    # A strategy on one rank makes a process group in this process, and later trainings would take it for theirs.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
